@@ -1,0 +1,1 @@
+"""The data formats: records, batches, segments and where they lie. No sockets, no servers."""

@@ -1,0 +1,128 @@
+"""Interval notes: what the recorder said came in, against what is there.
+
+Every minute the recorder notes per channel which records came since the last note, how many, and the SHA-256 of their
+bytes. However batches were joined since, the same records must give the same hash: this is what proves that an archive is
+what came in. Used on the spool (to write the notes that a killed connector owes) and on the archive (to verify).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from typing import Any
+
+import msgspec
+
+from ssmd_dagster.archive.records import parse_record
+
+
+class Interval(msgspec.Struct, frozen=True):
+    """The records of one channel of one connection between two notes; `n` inclusive."""
+
+    channel: str
+    n_first: int
+    n_last: int
+    records: int
+    sha256: str
+
+    def note(self) -> dict[str, Any]:
+        """Return the note that the recorder writes into its `session` channel."""
+        return {
+            "event": "interval",
+            "channel": self.channel,
+            "n": [self.n_first, self.n_last],
+            "records": self.records,
+            "sha256": self.sha256,
+        }
+
+
+def interval_of(note: dict[str, Any] | None) -> Interval | None:
+    """Return the interval that a record's note states, None for any other note."""
+    if note is None or note.get("event") != "interval":
+        return None
+    first, last = note["n"]
+    return Interval(note["channel"], first, last, note["records"], note["sha256"])
+
+
+def intervals_in(session_records: bytes) -> Iterable[Interval]:
+    """Yield the intervals that a block of `session` records states, in order."""
+    for line in session_records.splitlines():
+        if b'"interval"' in line and (interval := interval_of(parse_record(line).note)) is not None:
+            yield interval
+
+
+class IntervalCheck:
+    """Recomputes the intervals of one channel of one connection from its records, fed in order.
+
+    `mismatches` names every stated interval that the records do not bear out.
+    """
+
+    def __init__(self, channel: str, stated: Iterable[Interval]) -> None:
+        self.channel = channel
+        self.mismatches: list[str] = []
+        self.confirmed = 0
+        self._stated = [interval for interval in stated if interval.channel == channel]
+        self._next = 0
+        self._restart()
+
+    def _restart(self) -> None:
+        self._hash = hashlib.sha256()
+        self._records = 0
+        self._first: int | None = None
+        self._last = -1
+
+    def feed(self, records: bytes, n_first: int, n_last: int) -> None:
+        """Take the next block of whole lines, whose ordinals go from `n_first` to `n_last`."""
+        while self._next < len(self._stated) and n_last > self._stated[self._next].n_last:
+            end = self._stated[self._next].n_last
+            if n_first > end:
+                self._close()
+                continue
+            split, last_inside = _offset_behind(records, end)
+            self._add(records[:split], n_first, last_inside)
+            records, n_first = records[split:], parse_record(records[split : records.index(b"\n", split)]).n
+            self._close()
+        self._add(records, n_first, n_last)
+
+    def _add(self, records: bytes, n_first: int, n_last: int) -> None:
+        self._hash.update(records)
+        self._records += records.count(b"\n")
+        self._first = n_first if self._first is None else self._first
+        self._last = n_last
+
+    def _close(self) -> None:
+        stated = self._stated[self._next]
+        found = self.open_interval()
+        if found == stated:
+            self.confirmed += 1
+        else:
+            self.mismatches.append(
+                f"{self.channel} {stated.n_first}-{stated.n_last}: the recorder noted {stated.records} records "
+                f"({stated.sha256[:12]}…), there are {found.records if found else 0} ({found.sha256[:12] if found else '-'}…)"
+            )
+        self._next += 1
+        self._restart()
+
+    def open_interval(self) -> Interval | None:
+        """Return what was fed since the last confirmed note, None where nothing was."""
+        if self._first is None:
+            return None
+        return Interval(self.channel, self._first, self._last, self._records, self._hash.hexdigest())
+
+    def finish(self) -> Interval | None:
+        """Close the stated intervals that are left and return what no note covers."""
+        while self._next < len(self._stated):
+            self._close()
+        return self.open_interval()
+
+
+def _offset_behind(records: bytes, n_last: int) -> tuple[int, int]:
+    """Return where the first line with an ordinal above `n_last` begins, and the ordinal of the line before it."""
+    offset, before = 0, -1
+    while offset < len(records):
+        end = records.index(b"\n", offset) + 1
+        n = parse_record(records[offset:end]).n
+        if n > n_last:
+            break
+        offset, before = end, n
+    return offset, before

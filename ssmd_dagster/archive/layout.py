@@ -1,0 +1,55 @@
+"""Where a day's objects lie in the store. Pure names; nothing is read or written here."""
+
+from __future__ import annotations
+
+import re
+from urllib.parse import quote
+
+FILE_OF_CHANNEL = {
+    "trade": "trades",
+    "orderbook_delta": "orderbook",
+    "ticker": "ticker",
+    "market_lifecycle_v2": "lifecycle",
+    "rest": "rest",
+    "other": "other",
+    "session": "session",
+}
+"""Raw channels and the file names of their segments. A channel that is not here is a bug, not data."""
+
+CHANNEL_OF_FILE = {file: channel for channel, file in FILE_OF_CHANNEL.items()}
+
+_SEGMENT = re.compile(r"(?P<file>[a-z]+)-(?P<number>\d{2,})\.jsonl\.zst")
+
+
+def day_prefix(feed: str, date: str) -> str:
+    """Return the folder of a trading day, `kalshi/2025/12/14/`; `date` is `YYYY-MM-DD`."""
+    year, month, day = date.split("-")
+    return f"{feed}/{year}/{month}/{day}/"
+
+
+def segment_key(feed: str, date: str, channel: str, number: int) -> str:
+    """Return the key of a channel's segment, `kalshi/2025/12/14/trades-00.jsonl.zst`."""
+    return f"{day_prefix(feed, date)}{FILE_OF_CHANNEL[channel]}-{number:02d}.jsonl.zst"
+
+
+def parse_segment_key(key: str) -> tuple[str, int] | None:
+    """Return `(channel, number)` of a segment's key, None for any other object."""
+    match = _SEGMENT.fullmatch(key.rsplit("/", 1)[-1])
+    if match is None or match["file"] not in CHANNEL_OF_FILE:
+        return None
+    return CHANNEL_OF_FILE[match["file"]], int(match["number"])
+
+
+def manifest_key(feed: str, date: str, revision: int = 1) -> str:
+    """Return the key of a day's manifest: `manifest.json`, from revision 2 on `manifest.r2.json`."""
+    return f"{day_prefix(feed, date)}manifest{'' if revision == 1 else f'.r{revision}'}.json"
+
+
+def encode_ticker(ticker: str) -> str:
+    """Percent-encode every character outside `[A-Za-z0-9_-]`, so that a ticker is one harmless path or subject token."""
+    return "".join(c if c in "_-" or (c.isascii() and c.isalnum()) else _escape(c) for c in ticker)
+
+
+def _escape(character: str) -> str:
+    encoded = quote(character, safe="")
+    return encoded if encoded != character else f"%{ord(character):02X}"

@@ -1,0 +1,210 @@
+"""Everything that can be said of a day's segments from their bytes alone.
+
+Feed the segments of one day, `session` first, each channel's in order; then ask for the findings. Checked are every trailer,
+frame checksum and SHA-256, the chain of footers, the recorder's interval notes, and that `n` runs from 0 without a hole or a
+repetition over all channels of each connection. Not here: fetching the bytes, and what follows from a finding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+
+import msgspec
+import numpy as np
+
+from ssmd_dagster.archive.batch import Batch, BatchDamagedError, Damage, decode_records, scan
+from ssmd_dagster.archive.intervals import Interval, IntervalCheck, intervals_in
+from ssmd_dagster.exchange import SESSION
+
+
+class SegmentFinding(msgspec.Struct, frozen=True, kw_only=True):
+    """One segment as it was read back."""
+
+    key: str
+    channel: str
+    size: int
+    sha256: str
+    batches: int
+    records: int
+
+
+class Readback(msgspec.Struct, frozen=True, kw_only=True):
+    """What the bytes of a day say.
+
+    `archived` and `received` count records per channel; `received` is what the recorder's interval notes claim.
+    `by_connection` counts the archived ones per connection and channel. `faults` names everything that is not as it must
+    be; empty means that every check passed over `records` records.
+    """
+
+    segments: tuple[SegmentFinding, ...]
+    archived: dict[str, int]
+    received: dict[str, int]
+    by_connection: dict[str, dict[str, int]]
+    epochs: dict[str, int]
+    records: int
+    intervals_confirmed: int
+    faults: tuple[str, ...]
+
+
+class _Ordinals:
+    """Which ordinals of one connection have been seen: one bit each."""
+
+    def __init__(self) -> None:
+        self.bits = np.zeros(1 << 10, dtype=np.uint8)
+        self.highest = -1
+        self.count = 0
+        self.repeated = 0
+
+    def add(self, ordinals: list[int]) -> None:
+        numbers = np.array(ordinals, dtype=np.int64)
+        top = int(numbers.max())
+        self.highest = max(self.highest, top)
+        if top >> 3 >= len(self.bits):
+            self.bits = np.concatenate([self.bits, np.zeros(max(len(self.bits), (top >> 3) + 1), dtype=np.uint8)])
+        places, masks = numbers >> 3, np.left_shift(1, numbers & 7).astype(np.uint8)
+        known = (self.bits[places] & masks) != 0
+        unique = len(np.unique(numbers))
+        self.repeated += int(known.sum()) + len(numbers) - unique
+        self.count += unique - int(known.sum())
+        np.bitwise_or.at(self.bits, places, masks)
+
+    @property
+    def holes(self) -> int:
+        return self.highest + 1 - self.count
+
+
+class DayReadback:
+    """Collects the findings over a day's segments."""
+
+    def __init__(self, env: str, day: str) -> None:
+        self._env, self._day = env, day
+        self._segments: list[SegmentFinding] = []
+        self._faults: list[str] = []
+        self._archived: dict[str, int] = {}
+        self._by_connection: dict[str, dict[str, int]] = {}
+        self._epochs: dict[str, int] = {}
+        self._ordinals: dict[str, _Ordinals] = {}
+        self._stated: dict[str, list[Interval]] = {}
+        self._checks: dict[tuple[str, str], IntervalCheck] = {}
+        self._last_batch: dict[tuple[str, str], int] = {}
+        self._unordered: set[tuple[str, str]] = set()
+        self._places: dict[tuple[str, str], list[tuple[int, str, int, int]]] = {}
+        self._previous: dict[str, str] = {}
+
+    def feed(self, key: str, channel: str, number: int, data: bytes) -> None:
+        """Take one whole segment: the `number`-th of `channel`."""
+        batches = records = 0
+        ended = False
+        for item in scan(data):
+            if isinstance(item, Damage):
+                self._faults.append(f"{key}: bytes {item.start}-{item.end} belong to no whole batch")
+            elif isinstance(item, Batch):
+                if ended:
+                    self._faults.append(f"{key}: a batch behind the footer")
+                batches += 1
+                records += self._batch(key, channel, data, item)
+            else:
+                ended = True
+                footer = item.footer
+                if (footer.env, footer.day, footer.channel, footer.segment) != (self._env, self._day, channel, number):
+                    self._faults.append(
+                        f"{key}: its footer says {footer.env} {footer.day} {footer.channel}-{footer.segment}"
+                    )
+                if footer.prev_sha256 != self._previous.get(channel):
+                    self._faults.append(f"{key}: its footer names another segment before it than the one that is there")
+                if footer.records != records:
+                    self._faults.append(f"{key}: {records} records, its footer says {footer.records}")
+        if not ended:
+            self._faults.append(f"{key}: no footer")
+        sha256 = hashlib.sha256(data).hexdigest()
+        self._previous[channel] = sha256
+        self._segments.append(
+            SegmentFinding(key=key, channel=channel, size=len(data), sha256=sha256, batches=batches, records=records)
+        )
+
+    def _batch(self, key: str, channel: str, data: bytes, batch: Batch) -> int:
+        """Check one batch and count its records; a damaged one counts none."""
+        header = batch.header
+        conn, place = header.conn, (header.conn, channel)
+        if (header.env, header.day, header.channel) != (self._env, self._day, channel):
+            self._faults.append(f"{key}: batch {conn}/{header.batch} is of {header.env} {header.day} {header.channel}")
+        try:
+            records = decode_records(data, batch)
+        except BatchDamagedError as error:
+            self._faults.append(f"{key}: {error.what}")
+            return 0
+        lines = records.split(b"\n")[:-1]
+        ordinals = [int(line[5 : line.index(b",", 5)]) for line in lines]
+        self._ordinals.setdefault(conn, _Ordinals()).add(ordinals)
+        if ordinals != sorted(ordinals) or (ordinals[0], ordinals[-1]) != (header.n_first, header.n_last):
+            self._faults.append(
+                f"{key}: batch {conn}/{channel}/{header.batch} does not hold the ordinals that it states"
+            )
+        self._epochs[conn] = header.epoch
+        self._archived[channel] = self._archived.get(channel, 0) + len(lines)
+        counts = self._by_connection.setdefault(conn, {})
+        counts[channel] = counts.get(channel, 0) + len(lines)
+        if channel == SESSION:
+            self._stated.setdefault(conn, []).extend(intervals_in(records))
+        self._places.setdefault(place, []).append((header.span[0], key, batch.start, batch.end))
+        if self._last_batch.get(place, -1) >= header.span[0]:
+            self._unordered.add(place)
+        self._last_batch[place] = header.span[1]
+        if channel != SESSION and place not in self._unordered:
+            self._check(place).feed(records, header.n_first, header.n_last)
+        return len(lines)
+
+    def _check(self, place: tuple[str, str]) -> IntervalCheck:
+        conn, channel = place
+        if place not in self._checks:
+            self._checks[place] = IntervalCheck(channel, self._stated.get(conn, ()))
+        return self._checks[place]
+
+    def finish(self, read_range: Callable[[str, int, int], bytes]) -> Readback:
+        """Check what needs the whole day and return the findings.
+
+        `read_range(key, start, length)` reads bytes again: of `session`, whose notes are only now all known, and of batches
+        that a repair has put out of order.
+        """
+        session = {place for place in self._places if place[1] == SESSION}
+        for place in sorted(self._unordered | session):
+            self._checks.pop(place, None)
+            check = self._check(place)
+            for _first, key, start, end in sorted(self._places[place]):
+                data = read_range(key, start, end - start)
+                batch = next(scan(data))
+                if isinstance(batch, Batch):
+                    check.feed(decode_records(data, batch), batch.header.n_first, batch.header.n_last)
+        received: dict[str, int] = {}
+        confirmed = 0
+        for (conn, channel), check in sorted(self._checks.items()):
+            left = check.finish()
+            confirmed += check.confirmed
+            self._faults += [f"{conn}: {mismatch}" for mismatch in check.mismatches]
+            claimed = sum(interval.records for interval in self._stated.get(conn, ()) if interval.channel == channel)
+            if channel == SESSION and left is not None and left.records == 1:
+                claimed += 1  # the note about `session` itself, the connection's last record
+            elif left is not None:
+                self._faults.append(
+                    f"{conn}: no interval note covers {left.records} records of {channel} behind {left.n_first}"
+                )
+            received[channel] = received.get(channel, 0) + claimed
+        for conn, ordinals in sorted(self._ordinals.items()):
+            if ordinals.holes or ordinals.repeated:
+                self._faults.append(f"{conn}: {ordinals.holes} ordinals are missing, {ordinals.repeated} come twice")
+        for conn, stated in self._stated.items():
+            for channel in {interval.channel for interval in stated} - set(self._by_connection.get(conn, ())):
+                count = sum(interval.records for interval in stated if interval.channel == channel)
+                received[channel] = received.get(channel, 0) + count
+                self._faults.append(f"{conn}: {count} records of {channel} were noted and none is there")
+        return Readback(
+            segments=tuple(self._segments),
+            archived=self._archived,
+            received=received,
+            by_connection=self._by_connection,
+            epochs=self._epochs,
+            records=sum(self._archived.values()),
+            intervals_confirmed=confirmed,
+            faults=tuple(self._faults),
+        )

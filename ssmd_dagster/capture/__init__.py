@@ -1,0 +1,1 @@
+"""The long-running processes of a day (connector, archiver, gateway) and their supervisor. No day rules."""

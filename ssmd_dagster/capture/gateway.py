@@ -1,0 +1,301 @@
+"""The gateway: passes an environment's live events on to WebSocket clients, across rolls.
+
+    python -m ssmd_dagster.capture.gateway ENV
+
+`GET /v1/stream` upgrades to a WebSocket. A client sends `{"op":"subscribe","tickers":["KXBTCD-…"],"channels":["trade"]}`
+(both optional: left out means all) and receives one JSON event a message:
+`{"type":"event","day":…,"channel":…,"ticker":…,"conn":…,"n":…,"recv_ns":…,"wire":{…}}`, the last four as recorded.
+`GET /v1/health` says how it fares. It reads the stream beside the archiver and can never slow capture down: a client that
+does not keep up loses events and is told how many (`{"type":"dropped","count":…}`). Not here: history, durability.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+from collections import deque
+from typing import Any
+
+import msgspec
+from aiohttp import WSMsgType, web
+
+from ssmd_dagster.archive.batch import Batch, BatchDamagedError, decode_records, read_last
+from ssmd_dagster.archive.layout import FILE_OF_CHANNEL
+from ssmd_dagster.archive.records import parse_record
+from ssmd_dagster.capture.control import control_subject, serve
+from ssmd_dagster.capture.process import Heartbeat, connected, run
+from ssmd_dagster.capture.setting import Setting, load_setting
+from ssmd_dagster.environments.home import gateway_file
+from ssmd_dagster.errors import ExitCode, SsmdError
+from ssmd_dagster.exchange import OTHER, SESSION, market_reader
+from ssmd_dagster.stores.connect import Stores
+
+COMPONENT = "gateway"
+MAX_QUEUED = 10_000
+"""Events that wait for one client; beyond that its oldest are dropped and counted."""
+MAX_CLIENTS = 10_000
+MAX_REQUEST_BYTES = 1 << 20
+DRAIN_TIMEOUT_S = 5.0
+FETCH_TIMEOUT_S = 1.0
+GOING_AWAY = 1001
+
+_log = logging.getLogger(__name__)
+_encode = msgspec.json.encode
+
+
+class Request(msgspec.Struct, forbid_unknown_fields=True):
+    """What a client sends. `op` is `subscribe` (adds) or `unsubscribe` (takes away); None means all."""
+
+    op: str
+    tickers: list[str] | None = None
+    channels: list[str] | None = None
+
+
+class Client:
+    """One WebSocket client: what it wants, and what waits for it."""
+
+    def __init__(self, socket: web.WebSocketResponse) -> None:
+        self.socket = socket
+        self.subscribed = False
+        self.all_tickers = False
+        self.tickers: set[str] = set()
+        self.channels: set[str] = set()
+        self.dropped = 0
+        self._queue: deque[str] = deque()
+        self._more = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def wants(self, channel: str, ticker: str | None) -> bool:
+        """Tell whether an event is for this client; events without a ticker go to those who want all tickers."""
+        if not self.subscribed or (self.channels and channel not in self.channels):
+            return False
+        return self.all_tickers or (ticker is not None and ticker in self.tickers)
+
+    def put(self, event: str) -> None:
+        """Queue one event; never waits. The oldest makes room where the client does not keep up."""
+        if len(self._queue) >= MAX_QUEUED:
+            self._queue.popleft()
+            self.dropped += 1
+        self._queue.append(event)
+        self._idle.clear()
+        self._more.set()
+
+    async def send_all(self) -> None:
+        """Send what is queued, in order, until cancelled or the socket is gone."""
+        told = 0
+        while True:
+            await self._more.wait()
+            while self._queue:
+                if self.dropped > told:
+                    count, told = self.dropped - told, self.dropped
+                    await self.socket.send_bytes(_encode({"type": "dropped", "count": count}))
+                await self.socket.send_str(self._queue.popleft())
+            self._more.clear()
+            self._idle.set()
+
+    async def drained(self) -> None:
+        """Wait until nothing is queued."""
+        await self._idle.wait()
+
+    def apply(self, request: Request) -> None:
+        """Change what the client wants; raise `ValueError` for what no gateway knows."""
+        unknown = set(request.channels or ()) - set(FILE_OF_CHANNEL)
+        if unknown:
+            raise ValueError(f"unknown channels {sorted(unknown)}; known: {sorted(FILE_OF_CHANNEL)}")
+        if request.op == "subscribe":
+            self.subscribed = True
+            self.channels |= set(request.channels or ())
+            if request.tickers is None:
+                self.all_tickers = True
+            else:
+                self.tickers |= set(request.tickers)
+        elif request.op == "unsubscribe":
+            if request.tickers is None:
+                self.subscribed = self.all_tickers = False
+                self.tickers.clear()
+            else:
+                self.tickers -= set(request.tickers)
+        else:
+            raise ValueError(f"unknown op {request.op!r}; known: subscribe, unsubscribe")
+
+
+class Gateway:
+    """Serves one environment's events until told to stop."""
+
+    def __init__(self, setting: Setting, stores: Stores) -> None:
+        self._setting, self._stores = setting, stores
+        self._env = setting.env.name
+        self._clients: set[Client] = set()
+        self._ticker_of = market_reader(setting.env.feed)
+        self._events = 0
+        self._last_event_ns: int | None = None
+        self._damaged = 0
+        self._passed_over = 0
+        self.port = 0
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Serve on a free loopback port (kept in SSMD_HOME) until `stop`."""
+        app = web.Application()
+        app.router.add_get("/v1/stream", self._stream)
+        app.router.add_get("/v1/health", self._health)
+        runner = web.AppRunner(app, access_log=None)
+        await runner.setup()
+        self.port = await _listen(runner, self._setting)
+        service = await serve(self._stores.nc, control_subject(self._env, COMPONENT), self._answer)
+        heartbeat = Heartbeat(self._stores.cache, "live", COMPONENT, 0, self._status)
+        tasks = [asyncio.create_task(self._tail()), asyncio.create_task(heartbeat.run())]
+        waiting = asyncio.create_task(stop.wait())
+        try:
+            done, _ = await asyncio.wait([*tasks, waiting], return_when=asyncio.FIRST_COMPLETED)
+            for task in done - {waiting}:
+                task.result()
+        finally:
+            for task in [*tasks, waiting]:
+                task.cancel()
+            await asyncio.gather(*tasks, waiting, return_exceptions=True)
+            await service.unsubscribe()
+            await self._drain("gateway stops", close=True)
+            await runner.cleanup()
+
+    async def _tail(self) -> None:
+        channels = [name for name in FILE_OF_CHANNEL if name != SESSION]
+        async with await self._stores.raw_stream.tail(channels) as tail:
+            while True:
+                for batch in await tail.fetch(FETCH_TIMEOUT_S):
+                    if self._clients:
+                        self._pass_on(batch.data)
+                self._passed_over = tail.dropped
+
+    def _pass_on(self, data: bytes) -> None:
+        batch = read_last(data)
+        if not isinstance(batch, Batch):
+            self._damaged += 1
+            return
+        try:
+            records = decode_records(data, batch)
+        except BatchDamagedError:
+            self._damaged += 1  # verification names it; live clients have lost these events either way
+            return
+        header = batch.header
+        for line in records.splitlines():
+            record = parse_record(line)
+            ticker = self._ticker_of(record.wire) if header.channel != OTHER and record.wire else None
+            self._last_event_ns = record.recv_ns
+            event: str | None = None
+            for client in self._clients:
+                if not client.wants(header.channel, ticker):
+                    continue
+                if event is None:
+                    prefix = _encode(
+                        {
+                            "type": "event",
+                            "day": header.day,
+                            "channel": header.channel,
+                            "ticker": ticker,
+                            "conn": header.conn,
+                        }
+                    )
+                    event = (prefix[:-1] + b"," + line[1:]).decode()
+                    self._events += 1
+                client.put(event)
+
+    async def _stream(self, request: web.Request) -> web.StreamResponse:
+        if len(self._clients) >= MAX_CLIENTS:
+            raise web.HTTPServiceUnavailable(text=f"the gateway serves {MAX_CLIENTS} clients already")
+        socket = web.WebSocketResponse(heartbeat=20.0, max_msg_size=MAX_REQUEST_BYTES)
+        await socket.prepare(request)
+        client = Client(socket)
+        self._clients.add(client)
+        sender = asyncio.create_task(client.send_all())
+        try:
+            async for message in socket:
+                if message.type is WSMsgType.TEXT:
+                    client.put(_apply(client, message.data))
+        finally:
+            self._clients.discard(client)
+            sender.cancel()
+            await asyncio.gather(sender, return_exceptions=True)
+        return socket
+
+    async def _health(self, _request: web.Request) -> web.Response:
+        return web.json_response({"status": "ok", "environment": self._env, **self._status()})
+
+    async def _answer(self, command: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        if command == "drain":
+            await self._drain(f"trading day {arguments['date']} ended", close=bool(arguments.get("close")))
+        elif command != "status":
+            raise SsmdError(f"unknown command `{command}`")
+        return self._status()
+
+    async def _drain(self, reason: str, *, close: bool) -> None:
+        """Let every client have what is queued for it, within `DRAIN_TIMEOUT_S`; close them where asked."""
+        clients = list(self._clients)
+        for client in clients:
+            client.put(_encode({"type": "day_ended", "reason": reason}).decode())
+        if clients:
+            await asyncio.wait([asyncio.ensure_future(client.drained()) for client in clients], timeout=DRAIN_TIMEOUT_S)
+        if close:
+            await asyncio.gather(
+                *(client.socket.close(code=GOING_AWAY, message=reason.encode()[:120]) for client in clients)
+            )
+
+    def _status(self) -> dict[str, Any]:
+        return {
+            "state": "serving",
+            "at_ns": self._setting.clock(),
+            "port": self.port,
+            "clients": len(self._clients),
+            "events": self._events,
+            "dropped": sum(client.dropped for client in self._clients),
+            "damaged_batches": self._damaged,
+            "passed_over_batches": self._passed_over,
+            "last_event_ns": self._last_event_ns,
+        }
+
+
+def _apply(client: Client, text: str) -> str:
+    """Carry out one request and return the answer."""
+    try:
+        request = msgspec.json.decode(text, type=Request)
+        client.apply(request)
+    except (msgspec.DecodeError, ValueError) as error:
+        return _encode({"type": "error", "error": str(error)}).decode()
+    return _encode(
+        {
+            "type": "subscribed",
+            "tickers": None if client.all_tickers else sorted(client.tickers),
+            "channels": sorted(client.channels) or None,
+        }
+    ).decode()
+
+
+async def _listen(runner: web.AppRunner, setting: Setting) -> int:
+    """Listen on the port of the last time where it is free, else on any, and remember it."""
+    path = gateway_file(setting.home, setting.env.name)
+    path.parent.mkdir(mode=0o700, exist_ok=True)
+    ports = [int(path.read_text()), 0] if path.exists() else [0]
+    for port in ports:
+        try:
+            await web.TCPSite(runner, "127.0.0.1", port).start()
+            break
+        except OSError:
+            if port == 0:
+                raise
+    port = int(runner.addresses[0][1])
+    path.write_text(str(port))
+    return port
+
+
+async def main(env_name: str, stop: asyncio.Event) -> None:
+    """Run one gateway until `stop` is set."""
+    setting = load_setting(env_name)
+    async with connected(setting, COMPONENT) as stores:
+        await Gateway(setting, stores).run(stop)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(int(ExitCode.USAGE))
+    run(lambda stop: main(sys.argv[1], stop))

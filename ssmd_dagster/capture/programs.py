@@ -1,0 +1,52 @@
+"""Which programs the supervisor runs for a day and for an environment. Names only; starting them is the verbs' business."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from ssmd_dagster.capture.setting import Setting
+from ssmd_dagster.capture.supervisor import Program
+from ssmd_dagster.environments.models import Environment
+
+LIVE = "live"
+"""Stands for the date in the heartbeat of what outlives days: the gateway."""
+
+_PASSED_ON = ("SSMD_EXCHANGES",)
+
+
+def day_group(env: str, date: str) -> str:
+    """Return the supervisor's group of one trading day."""
+    return f"{env}-{date}"
+
+
+def connector_names(env: Environment) -> tuple[str, ...]:
+    """Return the components that record: one, or two with `connections: 2`."""
+    return tuple(f"connector-{shard}" for shard in "ab"[: env.capture.connections])
+
+
+def day_programs(setting: Setting, date: str) -> list[Program]:
+    """Return the programs of one trading day: its connectors and its archiver."""
+    name = setting.env.name
+    connectors = [
+        _python(component, "connector", name, date, component.removeprefix("connector-"))
+        for component in connector_names(setting.env)
+    ]
+    return [*connectors, _python("archiver", "archiver", name, date)]
+
+
+def audit_program(setting: Setting, date: str) -> Program:
+    """Return the program that audits a day's spool once."""
+    return _python("audit", "audit", setting.env.name, date)
+
+
+def gateway_program(setting: Setting) -> Program:
+    """Return the program of an environment's gateway."""
+    return _python("gateway", "gateway", setting.env.name)
+
+
+def _python(name: str, module: str, *arguments: str) -> Program:
+    environment = {variable: os.environ[variable] for variable in _PASSED_ON if variable in os.environ}
+    return Program(
+        name=name, command=(sys.executable, "-m", f"ssmd_dagster.capture.{module}", *arguments), environment=environment
+    )

@@ -1,0 +1,238 @@
+"""What becomes of the frames of one connection: ordinals, lines, channels and flushes. No I/O here.
+
+The recorder is the connection's `FrameSink`. It numbers every record over all channels without a hole, gathers lines by
+channel, and hands all channels over together, as a `Flush`, when one is full or the connector's linger timer asks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import msgspec
+
+from ssmd_dagster.archive.batch import BatchHeader, encode_batch, seq_spans
+from ssmd_dagster.archive.intervals import Interval
+from ssmd_dagster.archive.records import note_line, wire_line
+from ssmd_dagster.clock import Clock
+from ssmd_dagster.exchange import OTHER, SESSION, Envelope
+
+MAX_BATCH_RECORDS = 1_000
+MAX_BATCH_BYTES = 4 << 20
+MAX_FRAME_BYTES = 64 << 20
+
+
+class Unsealed(msgspec.Struct, frozen=True):
+    """One batch before it is compressed: everything of its header but what needs the bytes."""
+
+    channel: str
+    batch: int
+    records: int
+    n_first: int
+    n_last: int
+    recv_first_ns: int
+    recv_last_ns: int
+    seqs: dict[int, list[int]]
+    block: bytes
+
+
+Flush = list[Unsealed]
+"""The batches of all channels that had records, flushed together."""
+
+
+class Origin(msgspec.Struct, frozen=True, kw_only=True):
+    """Whose records these are; the same for every batch of a connection."""
+
+    env: str
+    day: str
+    epoch: int
+    conn: str
+
+
+def seal(origin: Origin, unsealed: Unsealed) -> bytes:
+    """Return the encoded batch; pure, for the thread that also writes it."""
+    header = BatchHeader(
+        v=1,
+        env=origin.env,
+        day=origin.day,
+        epoch=origin.epoch,
+        conn=origin.conn,
+        channel=unsealed.channel,
+        batch=unsealed.batch,
+        records=unsealed.records,
+        n_first=unsealed.n_first,
+        n_last=unsealed.n_last,
+        recv_first_ns=unsealed.recv_first_ns,
+        recv_last_ns=unsealed.recv_last_ns,
+        bytes=len(unsealed.block),
+        sha256=hashlib.sha256(unsealed.block).hexdigest(),
+        seq=seq_spans(unsealed.seqs),
+    )
+    return encode_batch(header, unsealed.block)
+
+
+class _Buffer:
+    """The lines of one channel since the last flush, and the running interval."""
+
+    __slots__ = (
+        "batch",
+        "interval",
+        "interval_first",
+        "interval_records",
+        "lines",
+        "n_first",
+        "recv_first_ns",
+        "seqs",
+        "size",
+    )
+
+    def __init__(self) -> None:
+        self.batch = 0
+        self.lines: list[bytes] = []
+        self.size = 0
+        self.n_first = 0
+        self.recv_first_ns = 0
+        self.seqs: dict[int, list[int]] = {}
+        self.interval = hashlib.sha256()
+        self.interval_first: int | None = None
+        self.interval_records = 0
+
+
+class Recorder:
+    """The `FrameSink` of one connection's life.
+
+    `on_flush` is called on the event loop with every flush, in order; `on_data` (may be None) with each frame after it
+    was recorded, and `on_end` once, when the socket is gone. Counters are plain attributes for the heartbeat.
+    """
+
+    def __init__(
+        self,
+        origin: Origin,
+        *,
+        channel_of_type: Mapping[str, str],
+        clock: Clock,
+        on_flush: Callable[[Flush], None],
+        on_end: Callable[[str], None],
+    ) -> None:
+        self.origin = origin
+        self.n = 0
+        self.frames = 0
+        self.bytes = 0
+        self.odd_frames = 0
+        self.by_channel: dict[str, int] = {}
+        self.last_frame_ns: int | None = None
+        self.signs_of_life = 0
+        self.ended: str | None = None
+        self._channel_of_type = channel_of_type
+        self._clock = clock
+        self._on_flush = on_flush
+        self._on_end = on_end
+        self._buffers: dict[str, _Buffer] = {}
+        self._last_n: dict[str, int] = {}
+        self._last_recv_ns: dict[str, int] = {}
+
+    def on_frame(self, recv_ns: int, payload: bytes, envelope: Envelope | None) -> None:
+        """Record one frame as it came."""
+        self.frames += 1
+        self.bytes += len(payload)
+        self.last_frame_ns = recv_ns
+        if envelope is None:
+            self.odd_frames += 1
+            self._add(OTHER, recv_ns, wire_line(self.n, recv_ns, payload), None, None)
+        else:
+            channel = self._channel_of_type.get(envelope.type, OTHER)
+            line = wire_line(self.n, recv_ns, payload, checked=True)
+            self._add(channel, recv_ns, line, envelope.sid, envelope.seq)
+
+    def on_ping(self, recv_ns: int) -> None:
+        """Take note of a sign of life; it is no record."""
+        self.signs_of_life += 1
+
+    def on_closed(self, recv_ns: int, reason: str) -> None:
+        """Record that the socket is gone, with the last interval notes, and hand over what is left."""
+        self.ended = reason
+        self.note({"event": "disconnected", "reason": reason})
+        self.note_interval()
+        self._on_end(reason)
+
+    def note(self, note: dict[str, Any]) -> None:
+        """Record something that the recorder itself has to say, in the channel `session`."""
+        now_ns = self._clock()
+        self._add(SESSION, now_ns, note_line(self.n, now_ns, note), None, None)
+
+    def note_interval(self) -> None:
+        """Flush, and record per channel what came since the last such note: `[n_first, n_last]`, count and SHA-256.
+
+        The note about `session` itself is the last, so that of a connection's records only that one note is in no
+        interval.
+        """
+        self.flush()
+        channels = sorted(self._buffers, key=lambda name: (name == SESSION, name))
+        for channel in channels:
+            if channel == SESSION:
+                self.flush()
+            buffer = self._buffers[channel]
+            if buffer.interval_first is None:
+                continue
+            interval = Interval(
+                channel,
+                buffer.interval_first,
+                self._last_n[channel],
+                buffer.interval_records,
+                buffer.interval.hexdigest(),
+            )
+            buffer.interval, buffer.interval_first, buffer.interval_records = hashlib.sha256(), None, 0
+            self.note(interval.note())
+        self.flush()
+
+    def _add(self, channel: str, recv_ns: int, line: bytes, sid: int | None, seq: int | None) -> None:
+        buffer = self._buffers.get(channel)
+        if buffer is None:
+            buffer = self._buffers[channel] = _Buffer()
+        n = self.n
+        self.n = n + 1
+        if not buffer.lines:
+            buffer.n_first, buffer.recv_first_ns = n, recv_ns
+        buffer.lines.append(line)
+        buffer.size += len(line)
+        self._last_n[channel], self._last_recv_ns[channel] = n, recv_ns
+        if seq is not None and sid is not None:
+            seqs = buffer.seqs.get(sid)
+            if seqs is None:
+                buffer.seqs[sid] = [seq]
+            else:
+                seqs.append(seq)
+        if len(buffer.lines) >= MAX_BATCH_RECORDS or buffer.size >= MAX_BATCH_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Hand over what all channels hold; nothing happens where there is nothing."""
+        flush: Flush = []
+        for channel, buffer in self._buffers.items():
+            if not buffer.lines:
+                continue
+            block = b"".join(buffer.lines)
+            records = len(buffer.lines)
+            flush.append(
+                Unsealed(
+                    channel,
+                    buffer.batch,
+                    records,
+                    buffer.n_first,
+                    self._last_n[channel],
+                    buffer.recv_first_ns,
+                    self._last_recv_ns[channel],
+                    buffer.seqs,
+                    block,
+                )
+            )
+            buffer.interval.update(block)
+            if buffer.interval_first is None:
+                buffer.interval_first = buffer.n_first
+            buffer.interval_records += records
+            self.by_channel[channel] = self.by_channel.get(channel, 0) + records
+            buffer.batch += 1
+            buffer.lines, buffer.size, buffer.seqs = [], 0, {}
+        if flush:
+            self._on_flush(flush)

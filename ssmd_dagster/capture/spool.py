@@ -1,0 +1,115 @@
+"""The connector's local file of one connection: the batches as they will be published, fsynced first.
+
+What is in the spool is safe from a crash of this process and of NATS. Not here: publishing, and what a batch means.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from ssmd_dagster.archive.batch import Batch, decode_records, scan
+
+_SUFFIX = ".batches"
+_CONN = re.compile(r"(?P<epoch>\d+)-(?P<shard>[a-z]+)-(?P<number>\d+)")
+
+
+def spool_path(directory: Path, conn: str) -> Path:
+    """Return the spool file of a connection."""
+    return directory / f"{conn}{_SUFFIX}"
+
+
+def spooled_connections(directory: Path) -> list[str]:
+    """Return the connections that have a spool file, oldest number first within an epoch and shard."""
+    names = [path.name.removesuffix(_SUFFIX) for path in directory.glob(f"*{_SUFFIX}")]
+    return sorted((n for n in names if _CONN.fullmatch(n)), key=_order)
+
+
+def _order(conn: str) -> tuple[int, str, int]:
+    epoch, shard, number = conn.rsplit("-", 2)
+    return int(epoch), shard, int(number)
+
+
+def next_connection(directory: Path, epoch: int, shard: str) -> str:
+    """Return a connection id, `{epoch}-{shard}-{number}`, that no spool file of the day has used yet."""
+    used = [_order(conn)[2] for conn in spooled_connections(directory) if conn.startswith(f"{epoch}-{shard}-")]
+    return f"{epoch}-{shard}-{max(used, default=-1) + 1}"
+
+
+class SpoolWriter:
+    """Appends batches to the file of one connection; every append is on disk when it returns.
+
+    Creating it for a connection that has a file raises `FileExistsError`: a connection id is never used again. An append
+    that fails (full disk) leaves the file as it was and raises the `OSError`. For one thread at a time.
+    """
+
+    def __init__(self, directory: Path, conn: str) -> None:
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self.path = spool_path(directory, conn)
+        self.size_bytes = 0
+        self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        _fsync_directory(directory)
+
+    def append(self, parts: list[bytes]) -> list[int]:
+        """Write `parts` end to end with one fsync and return the offset of each."""
+        offsets, offset = [], self.size_bytes
+        try:
+            for part in parts:
+                offsets.append(offset)
+                view = memoryview(part)
+                while view:
+                    written = os.pwrite(self._fd, view, offset)
+                    view, offset = view[written:], offset + written
+            os.fsync(self._fd)
+        except OSError:
+            os.ftruncate(self._fd, self.size_bytes)
+            raise
+        self.size_bytes = offset
+        return offsets
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._fd)
+
+
+def _fsync_directory(directory: Path) -> None:
+    fd = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def read_spool(path: Path) -> Iterator[tuple[Batch, bytes]]:
+    """Yield every whole batch of a spool file with its encoded bytes; a torn tail is passed over.
+
+    Memory stays at one batch, whatever the size of the file.
+    """
+    if path.stat().st_size == 0:
+        return
+    with (
+        path.open("rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
+        memoryview(data) as view,
+    ):
+        for item in scan(view):
+            if isinstance(item, Batch):
+                yield item, bytes(view[item.start : item.end])
+
+
+def spooled_records(encoded: bytes, batch: Batch) -> bytes:
+    """Return the records of one batch that `read_spool` gave, checked against its header."""
+    return decode_records(encoded, Batch(batch.header, 0, batch.data_end - batch.start, batch.end - batch.start))
+
+
+def append_to_spool(path: Path, end: int, encoded: bytes) -> None:
+    """Cut a spool file whose process is gone behind its last whole batch, at `end`, and append one more, fsynced."""
+    with path.open("r+b") as file:
+        file.truncate(end)
+        file.seek(end)
+        file.write(encoded)
+        file.flush()
+        os.fsync(file.fileno())

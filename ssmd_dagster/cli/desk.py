@@ -1,0 +1,44 @@
+"""How a command gets at an environment's desk, and the arguments that commands share."""
+
+from __future__ import annotations
+
+import asyncio
+import getpass
+import os
+import socket
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+import click
+
+from ssmd_dagster.capture.setting import load_setting
+from ssmd_dagster.workflows.desk import Desk, Report, open_desk, report_nothing
+
+_T = TypeVar("_T")
+
+DEFAULT_ENV = "kalshi-sim"
+ENV_VARIABLE = "SSMD_ENV"
+
+env_argument = click.argument("env", metavar="[ENV]", envvar=ENV_VARIABLE, default=DEFAULT_ENV)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+def default_env() -> str:
+    """Return the environment that is meant where none is named."""
+    return os.environ.get(ENV_VARIABLE) or DEFAULT_ENV
+
+
+def actor() -> str:
+    """Return who the journal says acted from this command line."""
+    return f"cli:{getpass.getuser()}@{socket.gethostname()}"
+
+
+def with_desk(env: str, body: Callable[[Desk], Awaitable[_T]], report: Report = report_nothing) -> _T:
+    """Run `body` with a desk of the environment, connected for its length."""
+    setting = load_setting(env)
+
+    async def run() -> _T:
+        async with open_desk(setting, actor(), report) as desk:
+            return await body(desk)
+
+    return asyncio.run(run())

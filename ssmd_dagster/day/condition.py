@@ -1,0 +1,87 @@
+"""The verdict over a day: available, degraded, pending or missing, with every reason.
+
+One pure function with a version, so that a verdict can be told from one under other rules. What the ledger means is in
+`ledger`; what follows from a verdict (exit codes, events) belongs to the workflows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from ssmd_dagster.day.events import Gap
+from ssmd_dagster.day.ledger import Ledger
+from ssmd_dagster.day.payloads import ConditionValue, Mode
+
+RULES_VERSION = 1
+
+NEVER_DEGRADE = frozenset({"exchange_maintenance", "closed_by_schedule"})
+"""Causes of gaps in which there was nothing to record."""
+
+
+class Condition(msgspec.Struct, frozen=True, kw_only=True):
+    """The verdict, why, and under which rules."""
+
+    value: ConditionValue
+    reasons: tuple[str, ...] = ()
+    rules_version: int = RULES_VERSION
+
+
+def condition(
+    *,
+    ledger: Ledger | None,
+    gaps: Sequence[Gap],
+    archived_records: int | None,
+    source: Mode = "live",
+    forced_by: str | None = None,
+    late_rows: int = 0,
+) -> Condition:
+    """Judge a day.
+
+    A forced end is `degraded` though nothing was verified: somebody decided not to know. Otherwise a day whose ledger
+    has a line that is not computed stays `pending`, and names beside it what already speaks against it.
+
+    Args:
+        ledger: None where no verification was done.
+        gaps: All gaps of the day.
+        archived_records: Records read back from the store, None if nobody looked.
+        source: `replay` where the records are not those of the live socket.
+        forced_by: Who skipped the verification.
+        late_rows: Rows that arrived after the seal.
+    """
+    if archived_records == 0:
+        return Condition(value="missing", reasons=("nothing archived",))
+    against = _against(ledger, gaps, source, late_rows)
+    if forced_by is not None:
+        return Condition(value="degraded", reasons=(f"forced by {forced_by}", *against))
+    if ledger is None:
+        return Condition(value="pending", reasons=("not verified", *against))
+    not_computed = ledger.not_computed()
+    if not_computed or not ledger.channels:
+        missing = f"not computed: {', '.join(not_computed)}" if ledger.channels else "the ledger has no channel"
+        return Condition(value="pending", reasons=(missing, *against))
+    return Condition(value="degraded" if against else "available", reasons=against)
+
+
+def _against(ledger: Ledger | None, gaps: Sequence[Gap], source: Mode, late_rows: int) -> tuple[str, ...]:
+    reasons = [
+        f"gap {gap.gap_id} ({gap.cause}) {'is open' if gap.outcome == 'open' else 'stays'}"
+        for gap in gaps
+        if gap.outcome in ("open", "stays") and gap.cause not in NEVER_DEGRADE
+    ]
+    if ledger is not None:
+        reasons += [
+            f"{sheet.channel}: {count} rejected ({reason})"
+            for sheet in ledger.channels
+            for reason, count in sorted((sheet.rejected or {}).items())
+            if count
+        ]
+        reasons += [f"unexplained difference: {entry.name} {entry.size:+d}" for entry in ledger.unexplained()]
+        if ledger.trades.extra:
+            reasons.append(f"{ledger.trades.extra} trades that the exchange does not list")
+    if source == "replay":
+        reasons.append("replayed source")
+    if late_rows:
+        reasons.append(f"{late_rows} rows arrived after the seal")
+    return tuple(reasons)

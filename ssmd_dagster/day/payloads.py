@@ -1,0 +1,186 @@
+"""The shapes of the `data` of every event of the day journal, in one table (`SHAPES`).
+
+An event's `data` is checked against its shape before it is appended and again when it is folded; keys that a shape does
+not know are kept in the journal and ignored. Times are nanoseconds since the epoch, UTC. What the day does with an
+event belongs to `events`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+from ssmd_dagster.day.states import EventName
+
+Mode = Literal["live", "replay"]
+ConditionValue = Literal["available", "degraded", "pending", "missing"]
+
+
+class Payload(msgspec.Struct, frozen=True, kw_only=True):
+    """Base of all shapes; itself the shape of events without data."""
+
+
+class StartRequested(Payload, frozen=True, kw_only=True):
+    """An attempt to start. `open_ns` is None where the calendar's window holds; `revision` never goes back."""
+
+    mode: Mode
+    open_ns: int | None = None
+    revision: int = 1
+
+
+class Started(Payload, frozen=True, kw_only=True):
+    """The day is ACTIVE. `open_ns` is set where a manual verb took effect at that instant."""
+
+    open_ns: int | None = None
+    markets: int | None = None
+    connections: int | None = None
+
+
+class Failed(Payload, frozen=True, kw_only=True):
+    """A verb's or a step's final failure. `transient`: trying again may succeed without anyone changing anything."""
+
+    error: str
+    step: str | None = None
+    exit_code: int = 1
+    transient: bool = False
+
+
+class ErrorRaised(Payload, frozen=True, kw_only=True):
+    """An ACTIVE day in trouble; `component` names the process concerned."""
+
+    error: str
+    component: str | None = None
+
+
+class GaveUp(Payload, frozen=True, kw_only=True):
+    """Recovery ended without success after `attempts`."""
+
+    error: str
+    attempts: int
+    exit_code: int = 1
+    transient: bool = False
+
+
+class EndRequested(Payload, frozen=True, kw_only=True):
+    """An attempt to end. `close_ns` is set where a manual verb closes the window; `forced_by` names who skips proof."""
+
+    close_ns: int | None = None
+    forced_by: str | None = None
+
+
+class Completed(Payload, frozen=True, kw_only=True):
+    """The day is COMPLETE. `ledger` is `Ledger.to_json()`; None where a forced end skipped the verification."""
+
+    condition: ConditionValue
+    condition_reasons: tuple[str, ...] = ()
+    rules_version: int = 1
+    ledger: dict[str, Any] | None = None
+    messages: int
+    gaps: int
+    archive_url: str
+    forced_by: str | None = None
+
+
+class Step(Payload, frozen=True, kw_only=True):
+    """A step began or finished; `detail` holds what it found (counts, names), small."""
+
+    step: str
+    detail: dict[str, Any] = {}
+
+
+class GapOpened(Payload, frozen=True, kw_only=True):
+    """An interval began in which records are missing or suspected to be.
+
+    `scope` narrows it: any of `conn`, `sid`, `channel`, `market`, `component`; empty means the whole day's capture.
+    `cause` is a word in snake case, such as connection_lost, process_crash, sequence_gap, buffer_overflow, oversized,
+    rate_limited, late_start, operator_stop, not_subscribed, exchange_maintenance, closed_by_schedule.
+    """
+
+    gap_id: str
+    cause: str
+    from_ns: int
+    scope: dict[str, Any] = {}
+
+
+class GapClosed(Payload, frozen=True, kw_only=True):
+    """The interval ended; may be repeated when the outcome changes (a gap that stayed is repaired later)."""
+
+    gap_id: str
+    to_ns: int
+    outcome: Literal["healed", "repaired", "stays"]
+
+
+class ChannelCount(Payload, frozen=True, kw_only=True):
+    """What one component has counted of one channel of one connection; `last_n` is the last record's ordinal."""
+
+    records: int
+    batches: int
+    bytes: int
+    last_n: int
+
+
+class Checkpoint(Payload, frozen=True, kw_only=True):
+    """A component's counts so far: connection → channel → count. `final` says that the component wrote its last.
+
+    A component that was restarted need not name its predecessor's connections again. `messages` and `bytes` are the
+    day's totals where the component knows them.
+    """
+
+    component: str
+    final: bool = False
+    connections: dict[str, dict[str, ChannelCount]] = {}
+    messages: int | None = None
+    bytes: int | None = None
+
+
+class Verified(Payload, frozen=True, kw_only=True):
+    """A verification was done over `examined` records; `differences` counts the unexplained ones."""
+
+    ledger: dict[str, Any]
+    examined: int
+    differences: int
+
+
+class ConditionChanged(Payload, frozen=True, kw_only=True):
+    """A finished day is judged anew."""
+
+    condition: ConditionValue
+    condition_reasons: tuple[str, ...] = ()
+    rules_version: int = 1
+
+
+class Sealed(Payload, frozen=True, kw_only=True):
+    """The manifest of a revision was written."""
+
+    manifest_sha256: str
+    root_hash: str
+    revision: int
+    manifest_key: str | None = None
+
+
+SHAPES: dict[EventName, type[Payload]] = {
+    EventName.DEFINED: Payload,
+    EventName.START_REQUESTED: StartRequested,
+    EventName.MISSED: Payload,
+    EventName.STARTED: Started,
+    EventName.START_FAILED: Failed,
+    EventName.ERROR_RAISED: ErrorRaised,
+    EventName.RECOVERED: Payload,
+    EventName.GAVE_UP: GaveUp,
+    EventName.END_REQUESTED: EndRequested,
+    EventName.COMPLETED: Completed,
+    EventName.END_FAILED: Failed,
+    EventName.STEP_STARTED: Step,
+    EventName.STEP_FINISHED: Step,
+    EventName.STEP_FAILED: Failed,
+    EventName.GAP_OPENED: GapOpened,
+    EventName.GAP_CLOSED: GapClosed,
+    EventName.CHECKPOINT: Checkpoint,
+    EventName.VERIFIED: Verified,
+    EventName.CONDITION_CHANGED: ConditionChanged,
+    EventName.SEALED: Sealed,
+    EventName.PAUSED: Payload,
+    EventName.RESUMED: Payload,
+}
+"""The shape of each event's `data`."""

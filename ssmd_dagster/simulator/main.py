@@ -1,0 +1,262 @@
+"""The simulator's process: `python -m ssmd_dagster.simulator`, `ssmd sim`, and the command line a supervisor runs."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+import uvloop
+from aiohttp import web
+from picows import WSUpgradeRequest, WSUpgradeResponse, WSUpgradeResponseWithListener, ws_create_server
+
+from ssmd_dagster.errors import SsmdError
+from ssmd_dagster.simulator.engine import Engine
+from ssmd_dagster.simulator.frames import compact
+from ssmd_dagster.simulator.keys import KeyRing, Refused, write_file
+from ssmd_dagster.simulator.rest import Rest
+from ssmd_dagster.simulator.session import Connection, Limits
+from ssmd_dagster.simulator.shift import SimulatorClock
+from ssmd_dagster.simulator.tradebook import TradeBook
+from ssmd_dagster.simulator.truth import TruthLog
+from ssmd_dagster.simulator.world import World
+
+WS_PATH = "/trade-api/ws/v2"
+_CONNECTIONS_A_BOOT = 1 << 16
+_MAX_COMMAND_BYTES = 64 << 20
+_STOP_S = 2.0
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """How one simulated exchange runs. Ports of 0 are chosen by the system; `rate` 0 is full speed."""
+
+    home: Path
+    ws_port: int = 0
+    rest_port: int = 0
+    host: str = "127.0.0.1"
+    seed: int = 1
+    markets: int = 200
+    rate: float = 200.0
+    series: tuple[str, ...] = ()
+    auth: bool = True
+    key_type: str = "rsa"
+    pauses: bool = True
+    limits: Limits = Limits()
+
+
+class Simulator:
+    """One running exchange: `await start()`, then `await stop()`."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        home = settings.home
+        home.mkdir(mode=0o700, parents=True, exist_ok=True)
+        home.chmod(0o700)
+        self.boot = _count_boot(home / "boot.json")
+        self.clock = SimulatorClock(home / "clock.json")
+        self.keys = KeyRing(home, self.clock, kind=settings.key_type) if settings.auth else None
+        now_ns = self.clock()
+        self.trades = TradeBook(home / "trades")
+        self.world = World(settings.seed, settings.markets, self.boot, now_ns, series=settings.series)
+        self.truth = TruthLog(home / "truth", now_ns, self.world.names)
+        self.engine = Engine(
+            self.world,
+            self.trades,
+            self.truth,
+            self.clock,
+            rate=settings.rate,
+            limits=settings.limits,
+            seed=settings.seed,
+            pauses=settings.pauses,
+        )
+        self.ws_port = settings.ws_port
+        self.rest_port = settings.rest_port
+        self._connections = self.boot * _CONNECTIONS_A_BOOT
+        self._runner: web.AppRunner | None = None
+        self._server: Any = None
+        self.running: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Listen, and let time begin."""
+        settings = self.settings
+        about: dict[str, Any] = {"seed": settings.seed, "boot": self.boot, "truth": str(settings.home / "truth")}
+        self.truth.note("started", self.clock(), seed=settings.seed, boot=self.boot)
+        self._server = await ws_create_server(
+            self._admit, settings.host, settings.ws_port, enable_auto_pong=False, max_frame_size=_MAX_COMMAND_BYTES
+        )
+        self.ws_port = self._server.sockets[0].getsockname()[1]
+        rest = Rest(self.engine, self.keys, about)
+        self._runner = web.AppRunner(rest.application(), access_log=None, shutdown_timeout=_STOP_S)
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, settings.host, settings.rest_port)
+        await site.start()
+        self.rest_port = self._runner.addresses[0][1]
+        about |= {"endpoint": self.endpoint, "rest_endpoint": self.rest_endpoint}
+        self.running = asyncio.create_task(self.engine.run())
+
+    @property
+    def endpoint(self) -> str:
+        """The WebSocket's URL."""
+        return f"ws://{self.settings.host}:{self.ws_port}{WS_PATH}"
+
+    @property
+    def rest_endpoint(self) -> str:
+        """The base URL of REST."""
+        return f"http://{self.settings.host}:{self.rest_port}/trade-api/v2"
+
+    def _admit(self, request: WSUpgradeRequest) -> Connection | WSUpgradeResponseWithListener | None:
+        path = request.path.decode("latin-1").split("?", 1)[0]
+        if path != WS_PATH:
+            return None
+        fault = self.engine.faults.over_http(("refuse_handshake",), "")
+        if fault is not None:
+            status = HTTPStatus(fault.order.status)
+            response = WSUpgradeResponse.create_error_response(status, compact({"code": "refused", "message": status.phrase}))
+            return WSUpgradeResponseWithListener(response, None)
+        if self.keys is not None:
+            try:
+                self.keys.check(request.headers, "GET", path)
+            except Refused as refused:
+                body = {"code": refused.code, "message": refused.code.replace("_", " "), "details": refused.details}
+                response = WSUpgradeResponse.create_error_response(
+                    HTTPStatus.UNAUTHORIZED, compact(body), {"Content-Type": "application/json"}
+                )
+                return WSUpgradeResponseWithListener(response, None)
+        self._connections += 1
+        return Connection(self.engine, self._connections, request.headers.get("User-Agent", ""))
+
+    async def stop_moving(self) -> None:
+        """Stop time: no market moves any more, commands are still answered."""
+        if self.running is not None:
+            self.running.cancel()
+            await asyncio.wait([self.running])
+
+    async def stop(self) -> None:
+        """Close every connection and file."""
+        await self.stop_moving()
+        if self._server is not None:
+            self._server.close()
+        for connection in list(self.engine.connections.values()):
+            connection.close()
+        deadline_s = asyncio.get_running_loop().time() + _STOP_S
+        while self.engine.connections and asyncio.get_running_loop().time() < deadline_s:
+            await asyncio.sleep(0.01)
+        for connection in list(self.engine.connections.values()):
+            connection.cut()
+        await asyncio.sleep(0)
+        if self._runner is not None:
+            await self._runner.cleanup()
+        self.truth.note("stopped", self.clock())
+        self.trades.close()
+        self.truth.close()
+
+
+def _count_boot(path: Path) -> int:
+    """Count the starts of this home; exchange clocks, trade ids and connection numbers never repeat because of it."""
+    try:
+        boots = int(json.loads(path.read_bytes())["boots"]) + 1
+    except FileNotFoundError:
+        boots = 1
+    write_file(path, json.dumps({"boots": boots}).encode())
+    return boots
+
+
+async def _serve(settings: Settings) -> None:
+    gc.disable()
+    simulator = Simulator(settings)
+    # The markets live as long as the process: what is made here need never be looked at for garbage.
+    gc.freeze()
+    gc.enable()
+    await simulator.start()
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for name in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(name, stop.set)
+    print(
+        json.dumps(
+            {"message_type": "ready", "endpoint": simulator.endpoint, "rest_endpoint": simulator.rest_endpoint,
+             "pid": os.getpid(), "home": str(settings.home)}
+        ),
+        flush=True,
+    )  # fmt: skip
+    stopping = asyncio.create_task(stop.wait())
+    assert simulator.running is not None
+    await asyncio.wait([stopping, simulator.running], return_when=asyncio.FIRST_COMPLETED)
+    crashed = simulator.running.done()
+    await simulator.stop()
+    if crashed:
+        simulator.running.result()
+
+
+def command(
+    *,
+    home: Path,
+    ws_port: int,
+    rest_port: int,
+    seed: int,
+    markets: int,
+    rate: float,
+    host: str = "127.0.0.1",
+    series: Sequence[str] = (),
+    auth: bool = True,
+    pauses: bool = True,
+) -> list[str]:
+    """Return the command line that runs a simulator; a supervisor starts it as it is."""
+    line = [sys.executable, "-m", "ssmd_dagster.simulator", "--home", str(home), "--host", host]
+    line += ["--ws-port", str(ws_port), "--rest-port", str(rest_port)]
+    line += ["--seed", str(seed), "--markets", str(markets), "--rate", str(rate)]
+    for name in series:
+        line += ["--series", name]
+    if not auth:
+        line.append("--no-auth")
+    if not pauses:
+        line.append("--no-pause")
+    return line
+
+
+@click.command("sim", context_settings={"show_default": True})
+@click.option("--home", type=click.Path(path_type=Path), required=True, help="Folder of the clock, keys, trades and truth log.")
+@click.option("--ws-port", type=click.IntRange(0, 65_535), default=0, help="WebSocket port; 0 chooses a free one.")
+@click.option("--rest-port", type=click.IntRange(0, 65_535), default=0, help="REST port; 0 chooses a free one.")
+@click.option("--host", default="127.0.0.1", help="Address to listen on.")
+@click.option("--seed", type=int, default=1, help="The same seed makes the same markets.")
+@click.option("--markets", type=click.IntRange(1, 1_000_000), default=200, help="About how many markets are open.")
+@click.option("--rate", type=click.FloatRange(0), default=200.0, help="Messages a second in all; 0 is as fast as the sockets take.")
+@click.option("--series", multiple=True, help="List only these series (may be repeated).")
+@click.option("--auth/--no-auth", default=True, help="Ask for Kalshi's signed handshake.")
+@click.option("--key-type", type=click.Choice(["rsa", "ed25519"]), default="rsa", help="Kind of key to make in a new home.")
+@click.option("--pause/--no-pause", "pauses", default=True, help="Thursday's trading pause, 03:00 to 05:00 Eastern.")
+@click.option("--ping-interval", type=click.FloatRange(0.05), default=10.0, help="Seconds between pings.")
+@click.option("--pong-timeout", type=click.FloatRange(0.05), default=20.0, help="Seconds to wait for a pong.")
+@click.option("--buffer-bytes", type=click.IntRange(1_024), default=32 << 20, help="Unread bytes before error 25.")
+@click.option("--subscription-markets", type=click.IntRange(1), default=500_000, help="Markets before error 26.")
+@click.option("--command-rate", type=click.IntRange(1), default=1_000, help="Commands a second before error 27.")
+@click.option("--answer-delay", type=click.FloatRange(0), default=0.003, help="Seconds an answer may take; 0 keeps order.")
+def sim_command(**options: Any) -> None:
+    """Run a Kalshi-protocol exchange with a log of the truth, until SIGTERM."""
+    limits = Limits(
+        ping_interval_s=options.pop("ping_interval"),
+        pong_timeout_s=options.pop("pong_timeout"),
+        buffer_bytes=options.pop("buffer_bytes"),
+        markets_per_subscription=options.pop("subscription_markets"),
+        commands_per_second=options.pop("command_rate"),
+        answer_delay_s=options.pop("answer_delay"),
+    )
+    home = options.pop("home").absolute()
+    try:
+        uvloop.run(_serve(Settings(home=home, limits=limits, **options)))
+    except SsmdError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    except OSError as error:
+        click.echo(f"error: {error.strerror} ({error.filename or home})", err=True)
+        sys.exit(1)

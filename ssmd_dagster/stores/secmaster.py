@@ -1,0 +1,241 @@
+"""The security master of an environment: which markets are open, in Redis, and how that changed, in a stream.
+
+Not for asking the exchange: the caller brings the list. What a market's fields mean is the exchange's matter; any
+difference in them is an update, so what changes with every trade does not belong into `Market.detail`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from hashlib import sha256
+from typing import Literal
+
+import msgspec
+import redis.asyncio
+import redis.exceptions
+from nats.js import JetStreamContext, api
+
+from ssmd_dagster.errors import NotFoundError, RefusedError
+from ssmd_dagster.exchange import Market
+from ssmd_dagster.stores.cache import redis_errors, rfc3339, text
+from ssmd_dagster.stores.jetstream import Publisher, ensure_stream, wait_connected
+
+_ATTEMPTS = 3
+_IN_FLIGHT = 500
+_PUBLISH_TIMEOUT_S = 10.0
+_KEEP_S = 400 * 86_400
+"""Changes are kept for 400 days; each day's tables hold the security master of that day for ever."""
+_SETTLED = frozenset({"settled", "finalized"})
+
+
+class MarketChange(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One message of `{env}.secmaster.changes`.
+
+    `old` is missing for `market_added`. For `market_settled`, `new` is missing where the market left the list.
+    """
+
+    event: Literal["market_added", "market_updated", "market_settled"]
+    ticker: str
+    at_ns: int
+    old: Market | None = None
+    new: Market | None = None
+
+
+class SyncResult(msgspec.Struct, frozen=True, kw_only=True):
+    """What a sync changed, in markets, and how many are open now."""
+
+    added: int
+    updated: int
+    settled: int
+    total: int
+
+
+class SecurityMaster:
+    """The keys `{env}:secmaster:…` and the stream `{env}-secmaster` of one environment.
+
+    Every method raises UnreachableError when Redis or NATS does not answer.
+    """
+
+    def __init__(self, client: redis.asyncio.Redis, js: JetStreamContext, env: str) -> None:
+        self.stream = f"{env}-secmaster"
+        self.subject = f"{env}.secmaster.changes"
+        self._redis = client
+        self._js = js
+        self._publisher = Publisher(js, self.stream, _PUBLISH_TIMEOUT_S)
+        self._markets = f"{env}:secmaster:markets"
+        self._by_category = f"{self._markets}:by_category:"
+        self._expiring = f"{self._markets}:expiring"
+        self._last_sync = f"{env}:secmaster:last_sync"
+
+    async def create(self) -> None:
+        """Create the stream of changes unless it is there.
+
+        Raises:
+            ConfigurationError: A stream of that name has other settings.
+        """
+        await ensure_stream(
+            self._js,
+            api.StreamConfig(
+                name=self.stream,
+                subjects=[self.subject],
+                retention=api.RetentionPolicy.LIMITS,
+                storage=api.StorageType.FILE,
+                discard=api.DiscardPolicy.OLD,
+                max_msgs=-1,
+                max_bytes=-1,
+                max_age=_KEEP_S,
+                duplicate_window=120,
+            ),
+        )
+
+    async def apply(self, markets: Iterable[Market], now_ns: int) -> SyncResult:
+        """Make `markets` the list of open markets: publish what changed, then write it to Redis in one transaction.
+
+        A market that is not in the list any more, or is in it as settled, is settled. An interrupted sync is made again
+        as a whole; its changes are recognised by NATS within two minutes, and published twice after that.
+
+        Args:
+            markets: All open markets of the environment, each ticker once.
+            now_ns: Time of the sync.
+
+        Raises:
+            RefusedError: Other syncs of the same environment came in between, three times.
+        """
+        rows = {market.ticker: market for market in markets}
+        for _ in range(_ATTEMPTS):
+            result = await self._try_apply(rows, now_ns)
+            if result is not None:
+                return result
+        raise RefusedError(
+            "another sync of the security master runs", where=self._markets, do="Wait until it is done and try again"
+        )
+
+    async def _try_apply(self, rows: dict[str, Market], now_ns: int) -> SyncResult | None:
+        with redis_errors(self._redis):
+            async with self._redis.pipeline(transaction=True) as pipeline:
+                await pipeline.watch(self._last_sync)
+                last_sync = text(await pipeline.get(self._last_sync) or b"never")
+                old = {market.ticker: market for market in await self.markets()}
+                changes = list(_changes(old, rows, now_ns))
+                await self._publish(changes, last_sync)
+                open_now = {ticker: market for ticker, market in rows.items() if market.status not in _SETTLED}
+                stale = [key async for key in self._redis.scan_iter(match=f"{self._by_category}*", count=1000)]
+                pipeline.multi()  # type: ignore[no-untyped-call]  # redis-py forgot its return type
+                self._write(pipeline, changes, open_now, stale)
+                pipeline.set(self._last_sync, rfc3339(now_ns))
+                try:
+                    await pipeline.execute()
+                except redis.exceptions.WatchError:
+                    return None
+        counts = defaultdict[str, int](int)
+        for change in changes:
+            counts[change.event] += 1
+        return SyncResult(
+            added=counts["market_added"],
+            updated=counts["market_updated"],
+            settled=counts["market_settled"],
+            total=len(open_now),
+        )
+
+    def _write(
+        self,
+        pipeline: redis.asyncio.client.Pipeline,
+        changes: Sequence[MarketChange],
+        open_now: dict[str, Market],
+        stale: list[bytes],
+    ) -> None:
+        settled = [change.ticker for change in changes if change.event == "market_settled"]
+        if settled:
+            pipeline.hdel(self._markets, *settled)
+        changed: list[str | bytes] = []
+        for change in changes:
+            if change.event != "market_settled":
+                changed += (change.ticker, msgspec.json.encode(change.new))
+        if changed:
+            pipeline.hset(self._markets, items=changed)
+        # The sets are small beside the rows and are made anew, so that they always agree with them.
+        pipeline.delete(self._expiring, *stale)
+        if open_now:
+            # Seconds: a score is a double, which has no room for nanoseconds.
+            pipeline.zadd(self._expiring, {ticker: market.close_ns / 1e9 for ticker, market in open_now.items()})
+        tickers_by_category = defaultdict[str, list[str]](list)
+        for market in open_now.values():
+            tickers_by_category[market.category].append(market.ticker)
+        for category, tickers in tickers_by_category.items():
+            pipeline.sadd(f"{self._by_category}{category}", *tickers)
+
+    async def _publish(self, changes: Sequence[MarketChange], last_sync: str) -> None:
+        if not changes:
+            return
+        await wait_connected(self._js, _PUBLISH_TIMEOUT_S, f"publishing to {self.subject}")
+        for begin in range(0, len(changes), _IN_FLIGHT):
+            acks = [
+                await self._publisher.publish(
+                    self.subject,
+                    msgspec.json.encode(change),
+                    {api.Header.MSG_ID.value: _change_id(change, last_sync)},
+                )
+                for change in changes[begin : begin + _IN_FLIGHT]
+            ]
+            await asyncio.gather(*acks)
+
+    async def markets(self) -> list[Market]:
+        """Return all open markets, sorted by ticker."""
+        with redis_errors(self._redis):
+            rows = await self._redis.hvals(self._markets)
+        decode = msgspec.json.Decoder(Market).decode
+        return sorted((decode(row) for row in rows), key=lambda market: market.ticker)
+
+    async def get(self, ticker: str) -> Market:
+        """Return one open market.
+
+        Raises:
+            NotFoundError: There is no open market of that ticker.
+        """
+        with redis_errors(self._redis):
+            row = await self._redis.hget(self._markets, ticker)
+        if row is None:
+            raise NotFoundError(
+                f"no open market {ticker}", where=self._markets, do="`ssmd secmaster sync` reads the list again"
+            )
+        return msgspec.json.decode(row, type=Market)
+
+    async def in_category(self, category: str) -> list[str]:
+        """Return the tickers of a category, sorted; empty for a category that has none."""
+        with redis_errors(self._redis):
+            return sorted(text(ticker) for ticker in await self._redis.smembers(f"{self._by_category}{category}"))
+
+    async def expiring(self, before_ns: int) -> list[str]:
+        """Return the tickers of markets that close before `before_ns`, the earliest first."""
+        with redis_errors(self._redis):
+            tickers = await self._redis.zrange(self._expiring, "-inf", f"({before_ns / 1e9}", byscore=True)
+        return [text(ticker) for ticker in tickers]
+
+    async def last_sync(self) -> str | None:
+        """Return when the list was last written, RFC 3339 UTC; None before the first sync."""
+        with redis_errors(self._redis):
+            at = await self._redis.get(self._last_sync)
+        return None if at is None else text(at)
+
+
+def _changes(old: dict[str, Market], new: dict[str, Market], now_ns: int) -> Iterable[MarketChange]:
+    for ticker, market in new.items():
+        before = old.get(ticker)
+        if market.status in _SETTLED:
+            if before is not None:
+                yield MarketChange(event="market_settled", ticker=ticker, at_ns=now_ns, old=before, new=market)
+        elif before is None:
+            yield MarketChange(event="market_added", ticker=ticker, at_ns=now_ns, new=market)
+        elif before != market:
+            yield MarketChange(event="market_updated", ticker=ticker, at_ns=now_ns, old=before, new=market)
+    for ticker, market in old.items():
+        if ticker not in new:
+            yield MarketChange(event="market_settled", ticker=ticker, at_ns=now_ns, old=market)
+
+
+def _change_id(change: MarketChange, last_sync: str) -> str:
+    """Make an id that a repetition of the same sync makes again, and a later sync does not."""
+    what = msgspec.json.encode((change.event, change.ticker, change.old, change.new))
+    return sha256(last_sync.encode() + b"\n" + what).hexdigest()[:32]

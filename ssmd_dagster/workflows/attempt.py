@@ -1,0 +1,187 @@
+"""One attempt of one actor at a verb: take the day, do the steps in order, and finish or fail.
+
+The command line and Dagster's ops drive the same attempt: the one goes through all steps, the others do one each. A step that
+finds the day not taken by this process (a run that was re-executed from its failure) takes it again under a new epoch and
+does the earlier steps first: they make sure of what should be true, and do nothing where it is. Not here: what a step does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, TypeVar
+
+from ssmd_dagster.archive.readback import Readback
+from ssmd_dagster.day.events import StaleEpochError, TradingDay
+from ssmd_dagster.day.ledger import Ledger
+from ssmd_dagster.day.payloads import Failed
+from ssmd_dagster.day.payloads import Step as StepData
+from ssmd_dagster.day.states import EventName
+from ssmd_dagster.errors import RefusedError, SsmdError, UnreachableError
+from ssmd_dagster.workflows.desk import Desk, Kind, Progress
+from ssmd_dagster.workflows.lease import Lease
+
+CLEAN_UP_TIMEOUT_S = 60.0
+"""How long tidying up after a failure may take before the failure itself is what is told."""
+
+_T = TypeVar("_T")
+_log = logging.getLogger(__name__)
+
+
+class Step(NamedTuple):
+    """One step of a verb: its name in the journal, its line on the screen, and what it does (returns a short detail)."""
+
+    name: str
+    title: str
+    run: Callable[[Attempt], Awaitable[str]]
+
+
+class Verb(NamedTuple):
+    """What distinguishes the verbs.
+
+    `may_begin` returns False where the goal is reached already and raises where the state does not allow the verb, `take`
+    appends the event that makes the day this attempt's, `finish` the one that says that it is done, `clean_up` undoes what a
+    failed attempt has started, `failed` names the event of its failure.
+    """
+
+    name: str
+    steps: Sequence[Step]
+    may_begin: Callable[[Attempt], Awaitable[bool]]
+    take: Callable[[Attempt], Awaitable[TradingDay]]
+    finish: Callable[[Attempt], Awaitable[TradingDay]]
+    clean_up: Callable[[Attempt], Awaitable[None]]
+    failed: EventName
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What an operator may ask of a verb. `rolling` is set where a roll ends the day: clients stay connected."""
+
+    mode: Literal["live", "replay"] | None = None
+    force: bool = False
+    reason: str | None = None
+    rolling: bool = False
+
+
+@dataclass
+class Attempt:
+    """One attempt at `verb` for one day. `close` it whatever happens: it gives the lease back."""
+
+    desk: Desk
+    date: str
+    verb: Verb
+    options: Options = field(default_factory=Options)
+    already: bool = False
+    readback: Readback | None = None
+    ledger: Ledger | None = None
+    _day: TradingDay | None = None
+    _lease: Lease | None = None
+    _done: list[str] = field(default_factory=list)
+
+    @property
+    def day(self) -> TradingDay:
+        """Return the day as this process last saw it; its epoch is this attempt's."""
+        assert self._day is not None, "the day is taken before its steps are done"
+        return self._day
+
+    async def begin(self) -> bool:
+        """Take the day; False (and `already`) where the goal is reached already.
+
+        Raises `RefusedError` where the state does not allow the verb, or another actor is at work on the day.
+        """
+        if not await self.verb.may_begin(self):
+            self.already = True
+            self._day = self.desk.book.book.days[self.date]
+            return False
+        self._lease = Lease(self.desk, self.date)
+        await self._lease.acquire()
+        self._day = await self.verb.take(self)
+        return True
+
+    async def step(self, name: str) -> None:
+        """Do one step; where it fails, clean up, append the failure, and raise on."""
+        if self._day is None and not await self.begin():
+            return
+        if self.already or name in self._done:
+            return
+        names = [step.name for step in self.verb.steps]
+        for step in self.verb.steps[: names.index(name) + 1]:
+            if step.name not in self._done:
+                await self._guarded(step.name, step.title, self._run(step))
+                self._done.append(step.name)
+
+    async def finish(self) -> TradingDay:
+        """Say in the journal that the verb is done and return the day."""
+        if not self.already:
+            last = self.verb.steps[-1]
+            self._day = await self._guarded(last.name, last.title, self.verb.finish(self))
+        return self.day
+
+    async def go(self) -> TradingDay:
+        """Begin, do every step, finish, and close."""
+        try:
+            if await self.begin():
+                for step in self.verb.steps:
+                    await self.step(step.name)
+            return await self.finish()
+        finally:
+            await self.close()
+
+    async def close(self) -> None:
+        """Give the lease back."""
+        if self._lease is not None:
+            await self._lease.release()
+            self._lease = None
+
+    async def journal(self, event: EventName, data: Any = None) -> TradingDay:
+        """Append an event in this attempt's epoch and return the day after it."""
+        self._day = await self.desk.book.append(
+            self.date, event, epoch=self.day.epoch, reason=self.options.reason, data=data
+        )
+        return self._day
+
+    def tell(self, kind: Kind, step: str, title: str, detail: str = "") -> None:
+        """Show progress to whoever watches."""
+        self.desk.report(Progress(kind, self.verb.name, self.date, step, title, detail))
+
+    async def _run(self, step: Step) -> None:
+        self.tell("started", step.name, step.title)
+        await self.journal(EventName.STEP_STARTED, StepData(step=step.name))
+        detail = await step.run(self)
+        await self.journal(EventName.STEP_FINISHED, StepData(step=step.name, detail={"text": detail} if detail else {}))
+        self.tell("done", step.name, step.title, detail)
+
+    async def _guarded(self, step: str, title: str, work: Awaitable[_T]) -> _T:
+        try:
+            return await work
+        except StaleEpochError:
+            raise  # another attempt has the day: nothing here may be touched any more
+        except (SsmdError, asyncio.CancelledError) as error:
+            cause = error if isinstance(error, SsmdError) else SsmdError(f"interrupted during {step}")
+            self.tell("failed", step, title, str(cause))
+            await asyncio.shield(asyncio.ensure_future(self._fail(step, cause)))
+            raise
+
+    async def _fail(self, step: str, error: SsmdError) -> None:
+        try:
+            async with asyncio.timeout(CLEAN_UP_TIMEOUT_S):
+                with _logged(f"not everything that this {self.verb.name} started is stopped"):
+                    await self.verb.clean_up(self)
+                data = Failed(step=step, error=str(error), exit_code=int(error.exit_code), transient=error.transient)
+                # Where the journal cannot be told, the day stays as it is and is taken over once the lease is gone.
+                with _logged(f"the failure of {step} is not journaled"):
+                    await self.journal(self.verb.failed, data)
+        except TimeoutError:
+            _log.warning("cleaning up after %s took longer than %.0f s", step, CLEAN_UP_TIMEOUT_S)
+
+
+@contextlib.contextmanager
+def _logged(what: str) -> Iterator[None]:
+    """Log the failures that must not hide the one that is being told."""
+    try:
+        yield
+    except (UnreachableError, RefusedError) as error:
+        _log.warning("%s: %s", what, error)

@@ -1,0 +1,333 @@
+"""End a trading day: let the clients and the archiver finish, stop recording, prove the archive, and say so."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import msgspec
+
+from ssmd_dagster import __version__
+from ssmd_dagster.archive.layout import day_prefix, manifest_key
+from ssmd_dagster.archive.readback import Readback
+from ssmd_dagster.capture.archiver import COMPONENT as ARCHIVER
+from ssmd_dagster.capture.control import control_subject, request
+from ssmd_dagster.capture.gateway import COMPONENT as GATEWAY
+from ssmd_dagster.capture.programs import audit_program, connector_names, day_group, day_programs
+from ssmd_dagster.day.condition import condition
+from ssmd_dagster.day.events import TradingDay
+from ssmd_dagster.day.payloads import Completed, EndRequested, Sealed
+from ssmd_dagster.day.seal import ConnectionEntry, JournalEntry, Manifest, SegmentEntry, root_hash, sha256_hex
+from ssmd_dagster.day.states import DayState, EventName
+from ssmd_dagster.errors import RefusedError, SsmdError, UnreachableError
+from ssmd_dagster.exchange import SESSION
+from ssmd_dagster.stores.cache import rfc3339
+from ssmd_dagster.stores.objects import ObjectExistsError
+from ssmd_dagster.workflows.attempt import Attempt, Step, Verb
+from ssmd_dagster.workflows.desk import Desk
+from ssmd_dagster.workflows.lease import wait_until_gone
+from ssmd_dagster.workflows.start import create_streams, stop_capture
+from ssmd_dagster.workflows.verify import read_back, verify
+
+VERB = "end"
+ARCHIVE_TIMEOUT_S = 4 * 3600.0
+"""How long an archiver may take to catch up. Its progress is shown; `--force` is for those who cannot wait."""
+FORCED_TIMEOUT_S = 10.0
+ANSWER_TIMEOUT_S = 30.0
+AUDIT_TIMEOUT_S = 3600.0
+POLL_S = 0.2
+TELL_EVERY_S = 5.0
+
+
+async def may_end(attempt: Attempt) -> bool:
+    """See whether the day may be ended; False where it is COMPLETE and sealed already.
+
+    Raises `RefusedError` where it was never started or another actor is at work on it.
+    """
+    desk, date = attempt.desk, attempt.date
+    await create_streams(desk)
+    day = await desk.book.day(date)
+    if day is None or day.state is DayState.PENDING or (day.state is DayState.FAILED and not day.ever_active):
+        state = "was never started" if day is None else f"is {day.state} and never was ACTIVE"
+        raise RefusedError(
+            f"trading day {date} {state}, so there is nothing to end",
+            where=desk.env,
+            do=f"See `ssmd day history {desk.env}`, or start it: `ssmd day start {desk.env} --date {date}`.",
+        )
+    if day.state is DayState.COMPLETE:
+        if day.sealed is None and day.forced_by is None:  # cut off between the completion and the seal
+            env = desk.setting.env
+            await seal(desk, day, await read_back(desk.stores.raw, env.name, env.feed, date, lambda _key: None))
+        return False
+    if day.state is DayState.STARTING:
+        raise RefusedError(
+            f"trading day {date} is being started by {day.actor}",
+            where=desk.env,
+            do=f"Wait for it, or, if that was killed: `ssmd day start {desk.env} --date {date}`, then end it.",
+        )
+    if day.state is DayState.ENDING:
+        await wait_until_gone(desk, date, VERB)
+    return True
+
+
+async def take(attempt: Attempt) -> TradingDay:
+    """Append ENDING. The first request speaks in the running epoch, so that its archiver goes on; a repeated one opens one."""
+    desk, date = attempt.desk, attempt.date
+    day = await desk.book.day(date)
+    running = day is not None and day.state in (DayState.ACTIVE, DayState.ERROR)
+    now_ns = desk.setting.clock()
+    window = desk.window(day) if day is not None else None
+    early = window is not None and now_ns < window.close_ns
+    data = EndRequested(close_ns=now_ns if early else None, forced_by=desk.actor if attempt.options.force else None)
+    return await desk.book.append(
+        date,
+        EventName.END_REQUESTED,
+        epoch=day.epoch if running and day is not None else None,
+        reason=attempt.options.reason,
+        data=data,
+    )
+
+
+async def drain_gateway(attempt: Attempt) -> str:
+    """Let the gateway's clients have what is queued for them; without a roll their connections are closed."""
+    desk = attempt.desk
+    states = await desk.supervisor.states(desk.env)
+    if not any(state.name == GATEWAY and state.alive for state in states):
+        return "the gateway does not run"
+    answer = await _asked(
+        attempt,
+        request(
+            desk.stores.nc,
+            control_subject(desk.env, GATEWAY),
+            "drain",
+            date=attempt.date,
+            close=not attempt.options.rolling,
+        ),
+    )
+    return "" if answer is None else f"{answer['clients']} clients connected"
+
+
+async def flush_archiver(attempt: Attempt) -> str:
+    """Have the archiver close and store what it holds, so that little is left when the connector has stopped."""
+    return await _flush(attempt, _Deadline(attempt))
+
+
+async def stop_connector(attempt: Attempt) -> str:
+    """Stop the connectors after their last batch, then audit their spool: count it and publish what the stream lacks."""
+    desk, date = attempt.desk, attempt.date
+    group = day_group(desk.env, date)
+    for name in connector_names(desk.setting.env):
+        await desk.supervisor.stop(group, name)
+    code = await desk.supervisor.run_once(group, audit_program(desk.setting, date), AUDIT_TIMEOUT_S)
+    if code != 0:
+        log = desk.setting.home / "logs" / group / "audit.log"
+        raise SsmdError(f"the audit of the spool ended with exit code {code}", where=desk.where(date), do=f"See {log}.")
+    day = await desk.book.day(date)
+    return f"{day.messages or 0:,} messages recorded" if day is not None else ""
+
+
+async def verify_archive(attempt: Attempt) -> str:
+    """Archive what was last published, stop the archiver, and read everything back."""
+    desk, date = attempt.desk, attempt.date
+    if attempt.options.force:
+        attempt.tell("note", "verify", "Verification is skipped (--force)")
+        return "skipped"
+    deadline = _Deadline(attempt)
+    while (status := await _archiver(attempt, "status", deadline))["backlog"]:
+        await deadline.wait(attempt, f"{status['backlog']} batches to go {status['error'] or ''}".rstrip())
+    await _flush(attempt, deadline)
+    await desk.supervisor.stop(day_group(desk.env, date), ARCHIVER)
+    day = await desk.book.day(date)
+    assert day is not None
+    read = 0
+
+    def told(_key: str) -> None:
+        nonlocal read
+        read += 1
+
+    attempt.readback, attempt.ledger = await verify(desk, day, told)
+    return f"{attempt.readback.records:,} records in {read} segments read back"
+
+
+async def record(attempt: Attempt) -> str:
+    """Append COMPLETE with the ledger and the condition, and, unless forced, seal the day with its manifest."""
+    desk, date = attempt.desk, attempt.date
+    day = await desk.book.day(date)
+    assert day is not None
+    judged = condition(
+        ledger=attempt.ledger,
+        gaps=day.gaps,
+        archived_records=attempt.readback.records if attempt.readback is not None else None,
+        source=day.mode,
+        forced_by=desk.actor if attempt.options.force else None,
+    )
+    await desk.supervisor.remove_group(day_group(desk.env, date))
+    archived = attempt.readback.archived if attempt.readback is not None else {}
+    await attempt.journal(
+        EventName.COMPLETED,
+        Completed(
+            condition=judged.value,
+            condition_reasons=judged.reasons,
+            rules_version=judged.rules_version,
+            ledger=attempt.ledger.to_json() if attempt.ledger is not None else None,
+            messages=sum(n for name, n in archived.items() if name != SESSION) if archived else day.messages or 0,
+            gaps=len(day.gaps),
+            archive_url=desk.stores.raw.url(day_prefix(desk.setting.env.feed, date)),
+            forced_by=desk.actor if attempt.options.force else None,
+        ),
+    )
+    if attempt.readback is not None:
+        await seal(desk, attempt.day, attempt.readback)
+    return judged.value
+
+
+async def finish(attempt: Attempt) -> TradingDay:
+    """Return the day; recording its completion was the last step."""
+    return attempt.desk.book.book.days[attempt.date]
+
+
+async def seal(desk: Desk, day: TradingDay, readback: Readback) -> None:
+    """Write the manifest of the day's revision, create-only, and append `sealed` with its hash.
+
+    Doing it again, after a crash between the two, writes the same bytes.
+    """
+    manifest = await _manifest(desk, day, readback)
+    raw = manifest.encode()
+    key = manifest_key(manifest.feed, manifest.date, manifest.revision)
+    try:
+        await desk.stores.raw.create(key, raw)
+    except ObjectExistsError as error:
+        if await desk.stores.raw.get(key) != raw:
+            raise SsmdError(
+                f"revision {manifest.revision} of the day has another manifest already",
+                where=desk.stores.raw.url(key),
+                do="Two journals write to one archive: give each environment its own bucket or prefix.",
+            ) from error
+    await desk.book.append(
+        day.date,
+        EventName.SEALED,
+        epoch=day.epoch,
+        data=Sealed(
+            manifest_sha256=sha256_hex(raw), root_hash=manifest.root_hash, revision=manifest.revision, manifest_key=key
+        ),
+    )
+
+
+async def _manifest(desk: Desk, day: TradingDay, readback: Readback) -> Manifest:
+    """Derive the manifest from the files and from the day's events up to its completion, from nothing else."""
+    env, completed = desk.setting.env, day.completed
+    assert completed is not None
+    stored = [entry for entry in await desk.stores.journal.read() if entry.event.date == day.date]
+    end = max(i for i, entry in enumerate(stored) if entry.event.event is EventName.COMPLETED)
+    events = stored[: end + 1]
+    segments = tuple(
+        SegmentEntry(key=s.key, size=s.size, sha256=s.sha256, batches=s.batches, records=s.records)
+        for s in sorted(readback.segments, key=lambda s: s.key)
+    )
+    window = desk.window(day)
+    return Manifest(
+        env=env.name,
+        feed=env.feed,
+        date=day.date,
+        open_ns=window.open_ns,
+        close_ns=window.close_ns,
+        revision=day.revision,
+        epochs=day.epochs,
+        segments=segments,
+        root_hash=root_hash(segments),
+        connections=tuple(
+            ConnectionEntry(conn=conn, epoch=readback.epochs[conn], records=counts)
+            for conn, counts in sorted(readback.by_connection.items())
+        ),
+        gaps=day.gaps,
+        ledger=day.ledger,
+        condition=completed.condition,
+        condition_reasons=completed.condition_reasons,
+        rules_version=completed.rules_version,
+        journal_seq=events[-1].seq,
+        events=tuple(JournalEntry(seq=entry.seq, event=msgspec.Raw(entry.event.encode())) for entry in events),
+        versions={"ssmd_dagster": __version__, "configuration": env.fingerprint()},
+        created_at=rfc3339(events[-1].event.at_ns),
+    )
+
+
+class _Deadline:
+    """How long the archiver may take, and when the operator was told last."""
+
+    def __init__(self, attempt: Attempt) -> None:
+        self.at = time.monotonic() + (FORCED_TIMEOUT_S if attempt.options.force else ARCHIVE_TIMEOUT_S)
+        self._tell_at = time.monotonic() + TELL_EVERY_S
+
+    async def wait(self, attempt: Attempt, what: str) -> None:
+        """Wait a moment, telling the operator now and then; raise `UnreachableError` once the time is up."""
+        now = time.monotonic()
+        if now > self.at:
+            raise UnreachableError(
+                f"the archiver is not done in time: {what}",
+                where=attempt.desk.where(attempt.date),
+                do=f"See `ssmd day status {attempt.desk.env}`; the same command goes on, --force ends the day as degraded.",
+            )
+        if now > self._tell_at:
+            self._tell_at = now + TELL_EVERY_S
+            attempt.tell("note", "archive", what)
+        await asyncio.sleep(POLL_S)
+
+
+async def _flush(attempt: Attempt, deadline: _Deadline) -> str:
+    """Have the archiver store all that it holds now, and wait until it has."""
+    desk = attempt.desk
+    await desk.supervisor.ensure_group(day_group(desk.env, attempt.date), day_programs(desk.setting, attempt.date))
+    await desk.supervisor.start(day_group(desk.env, attempt.date), ARCHIVER)
+    try:
+        status = await _archiver(attempt, "flush", deadline)
+        while (status := await _archiver(attempt, "status", deadline))["flushing"]:
+            await deadline.wait(
+                attempt, f"{status['open_batches']} batches to be stored {status['error'] or ''}".rstrip()
+            )
+    except UnreachableError as error:
+        if not attempt.options.force:
+            raise
+        return f"skipped: {error.what}"
+    return f"{status['messages']:,} messages archived"
+
+
+async def _archiver(attempt: Attempt, command: str, deadline: _Deadline) -> dict[str, Any]:
+    """Ask the archiver; one that does not answer is given `ANSWER_TIMEOUT_S` to be restarted by its supervisor."""
+    desk = attempt.desk
+    give_up = min(time.monotonic() + ANSWER_TIMEOUT_S, deadline.at)
+    while True:
+        try:
+            return await request(desk.stores.nc, control_subject(desk.env, ARCHIVER, attempt.date), command)
+        except UnreachableError:
+            if time.monotonic() > give_up:
+                raise
+            await asyncio.sleep(POLL_S)
+
+
+async def _asked(attempt: Attempt, asking: Any) -> dict[str, Any] | None:
+    """Return the answer; with `--force` a component that does not answer is left out."""
+    try:
+        answer: dict[str, Any] = await asking
+    except UnreachableError:
+        if attempt.options.force:
+            return None
+        raise
+    return answer
+
+
+END = Verb(
+    name=VERB,
+    steps=(
+        Step("drain", "Draining gateway connections", drain_gateway),
+        Step("flush", "Flushing archiver buffers", flush_archiver),
+        Step("stop", "Stopping connector", stop_connector),
+        Step("verify", "Verifying archive completeness", verify_archive),
+        Step("record", "Recording day completion", record),
+    ),
+    may_begin=may_end,
+    take=take,
+    finish=finish,
+    clean_up=stop_capture,
+    failed=EventName.END_FAILED,
+)

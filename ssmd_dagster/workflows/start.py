@@ -1,0 +1,252 @@
+"""Start a trading day: take it, bring up what records it, and see that it does."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from datetime import date as Date  # noqa: N812 - `date` is the contract's word for the written form
+from typing import Any
+
+from ssmd_dagster.capture.archiver import COMPONENT as ARCHIVER
+from ssmd_dagster.capture.control import control_subject, request
+from ssmd_dagster.capture.gateway import COMPONENT as GATEWAY
+from ssmd_dagster.capture.programs import LIVE, connector_names, day_group, day_programs, gateway_program
+from ssmd_dagster.day.events import TradingDay
+from ssmd_dagster.day.payloads import GapClosed, GapOpened, Started, StartRequested
+from ssmd_dagster.day.states import DayState, EventName
+from ssmd_dagster.errors import ConfigurationError, ExitCode, RefusedError, SsmdError, UnreachableError
+from ssmd_dagster.workflows import secmaster
+from ssmd_dagster.workflows.attempt import Attempt, Step, Verb
+from ssmd_dagster.workflows.desk import Desk
+from ssmd_dagster.workflows.lease import wait_until_gone
+
+VERB = "start"
+UP_TIMEOUT_S = 60.0
+HEALTH_TIMEOUT_S = 30.0
+QUIET_AFTER_S = 10.0
+"""How long the health check waits for a first data frame before it asks whether the exchange is closed."""
+POLL_S = 0.1
+RAW_STREAM_MAX_BYTES = 16 << 30
+
+
+async def may_start(attempt: Attempt) -> bool:
+    """See whether the day may be started now; False where it is ACTIVE already.
+
+    Waits for the lease of an earlier attempt to be gone where the journal shows one under way.
+
+    Raises:
+        NotFoundError: The calendar has no such day.
+        RefusedError: The day's state or date does not allow it, or another actor is at work on it.
+    """
+    desk, date = attempt.desk, attempt.date
+    calendar, now_ns, parsed = desk.calendar, desk.setting.clock(), Date.fromisoformat(attempt.date)
+    calendar.check(parsed, now_ns)
+    await create_streams(desk)
+    day = await desk.book.day(date)
+    if day is not None and day.state is DayState.ACTIVE:
+        return False
+    mode = attempt.options.mode or calendar.default_mode(parsed, now_ns)
+    if mode == "replay":
+        raise RefusedError(
+            f"trading day {date} is over, and replaying a day is not built in this version",
+            where=desk.env,
+            do=f"Today is {desk.today()}; only days whose window is open, or the one that a roll opens, can be started.",
+        )
+    if attempt.options.mode is None and now_ns < calendar.open_ns(parsed):
+        raise RefusedError(
+            f"trading day {date} has not begun",
+            where=desk.env,
+            do=f"It opens at {calendar.local(calendar.open_ns(parsed)).isoformat()}; today is {desk.today()}.",
+        )
+    if day is not None and day.state in (DayState.ENDING, DayState.ERROR):
+        verb = "end" if day.state is DayState.ENDING else "recover"
+        raise RefusedError(
+            f"trading day {date} is {day.state}", where=desk.env, do=f"Use `ssmd day {verb} {desk.env} --date {date}`."
+        )
+    if day is not None and day.state is DayState.STARTING:
+        await wait_until_gone(desk, date, VERB)
+    return True
+
+
+async def create_streams(desk: Desk) -> None:
+    """Make sure that the environment's streams exist; one with other settings is refused."""
+    await desk.stores.journal.create()
+    await desk.stores.raw_stream.create(RAW_STREAM_MAX_BYTES)
+    await desk.stores.secmaster.create()
+
+
+async def take(attempt: Attempt) -> TradingDay:
+    """Append STARTING: from here on the day is this attempt's, under a new epoch. The caller holds the lease."""
+    desk, date = attempt.desk, attempt.date
+    day = await desk.book.day(date)
+    if day is None:
+        day = await desk.book.append(date, EventName.DEFINED)
+    again = day.state is DayState.COMPLETE
+    now_ns = desk.setting.clock()
+    opened_by_hand = attempt.options.mode is not None or not desk.calendar.auto_roll
+    data = StartRequested(
+        mode="live",
+        open_ns=now_ns if opened_by_hand and not day.ever_active else None,
+        revision=day.revision + 1 if again else day.revision,
+    )
+    ended_ns = day.ended_ns
+    day = await desk.book.append(date, EventName.START_REQUESTED, reason=attempt.options.reason, data=data)
+    if again and ended_ns is not None:
+        gap_id = f"gap-{day.epoch}-operator-stop"
+        await desk.book.append(
+            date, EventName.GAP_OPENED, data=GapOpened(gap_id=gap_id, cause="operator_stop", from_ns=ended_ns)
+        )
+        day = await desk.book.append(
+            date, EventName.GAP_CLOSED, data=GapClosed(gap_id=gap_id, to_ns=now_ns, outcome="stays")
+        )
+    return day
+
+
+async def finish(attempt: Attempt) -> TradingDay:
+    """Append ACTIVE."""
+    beats = await attempt.desk.stores.cache.heartbeats(attempt.date)
+    connectors = connector_names(attempt.desk.setting.env)
+    markets = max((int(beat.get("markets", 0)) for name, beat in beats.items() if name in connectors), default=0)
+    return await attempt.journal(EventName.STARTED, Started(markets=markets, connections=len(connectors)))
+
+
+async def sync_security_master(attempt: Attempt) -> str:
+    """Bring in the markets to record."""
+    result = await secmaster.sync(attempt.desk, attempt.date)
+    return f"{result.total} markets ({result.added} new, {result.updated} changed, {result.settled} settled)"
+
+
+async def start_connector(attempt: Attempt) -> str:
+    """Bring the connectors up and wait until the exchange has acknowledged all subscriptions."""
+    desk, date = attempt.desk, attempt.date
+    group = day_group(desk.env, date)
+    await desk.supervisor.ensure_group(group, day_programs(desk.setting, date))
+    names = connector_names(desk.setting.env)
+    for name in names:
+        await desk.stores.cache.remove_heartbeat(date, name)
+        await desk.supervisor.start(group, name)
+    markets = 0
+    for name in names:
+        beat = await wait_for_heartbeat(desk, date, name, lambda beat: beat["state"] == "subscribed")
+        markets = max(markets, int(beat["markets"]))
+    return f"{markets} markets subscribed over {len(names)} connection{'s' if len(names) > 1 else ''}"
+
+
+async def start_archiver(attempt: Attempt) -> str:
+    """Bring the archiver up; the stream holds what came before it."""
+    desk, date = attempt.desk, attempt.date
+    group = day_group(desk.env, date)
+    await desk.supervisor.ensure_group(group, day_programs(desk.setting, date))
+    await desk.stores.cache.remove_heartbeat(date, ARCHIVER)
+    await desk.supervisor.start(group, ARCHIVER)
+    await wait_for_heartbeat(desk, date, ARCHIVER, lambda beat: beat["state"] == "archiving")
+    return ""
+
+
+async def start_gateway(attempt: Attempt) -> str:
+    """Bring the environment's gateway up; one that runs already is left alone, with its clients."""
+    desk = attempt.desk
+    await desk.supervisor.ensure_group(desk.env, [gateway_program(desk.setting)])
+    await desk.supervisor.start(desk.env, GATEWAY)
+    beat = await wait_for_heartbeat(desk, LIVE, GATEWAY, lambda beat: beat["state"] == "serving")
+    return f"ws://127.0.0.1:{beat['port']}/v1/stream"
+
+
+async def health_check(attempt: Attempt) -> str:
+    """See that frames flow into the archive's way, or that the exchange says that it is closed."""
+    desk, date = attempt.desk, attempt.date
+    connectors = connector_names(desk.setting.env)
+    await request(desk.stores.nc, control_subject(desk.env, ARCHIVER, date), "status")
+    await request(desk.stores.nc, control_subject(desk.env, GATEWAY), "status")
+    began = time.monotonic()
+    while True:
+        beats = await desk.stores.cache.heartbeats(date)
+        missing = [name for name in (*connectors, ARCHIVER) if name not in beats]
+        troubled = [f"{name}: {beat['error']}" for name, beat in beats.items() if beat.get("error")]
+        data = sum(count for name in connectors for count in _data_counts(beats.get(name, {})))
+        alive = all(beats[name]["frames"] or beats[name]["signs_of_life"] for name in connectors if name in beats)
+        waited_s = time.monotonic() - began
+        if not missing and not troubled and data:
+            return f"{data} messages so far"
+        if not missing and not troubled and waited_s > QUIET_AFTER_S:
+            if (closed := await _closed(desk, date)) is not None:
+                return closed
+            if alive:
+                return "connected; no data yet"
+        if waited_s > HEALTH_TIMEOUT_S:
+            what = [*(f"{name} gives no heartbeat" for name in missing), *troubled] or ["no frame and no sign of life"]
+            raise SsmdError(
+                f"the capture is not healthy: {'; '.join(what)}",
+                where=desk.where(date),
+                do=f"See the logs under {desk.setting.home / 'logs' / day_group(desk.env, date)}.",
+            )
+        await asyncio.sleep(POLL_S)
+
+
+def _data_counts(beat: dict[str, Any]) -> list[int]:
+    return [count for channel, count in beat.get("by_channel", {}).items() if channel != "session"]
+
+
+async def _closed(desk: Desk, date: str) -> str | None:
+    exchange = desk.setting.open_exchange(date)
+    try:
+        status = await exchange.status()
+    except UnreachableError:
+        return None
+    finally:
+        await exchange.close()
+    if status.exchange_active and status.trading_active:
+        return None
+    return "the exchange says that it is closed"
+
+
+async def wait_for_heartbeat(
+    desk: Desk, date: str, name: str, ready: Callable[[dict[str, Any]], bool], timeout_s: float = UP_TIMEOUT_S
+) -> dict[str, Any]:
+    """Return a component's heartbeat once it is `ready`.
+
+    Raises `ConfigurationError` where the component was refused for good, `UnreachableError` with its last words and its log
+    where it is not ready in time or keeps dying.
+    """
+    group = desk.env if date == LIVE else day_group(desk.env, date)
+    deadline = time.monotonic() + timeout_s
+    beat: dict[str, Any] | None = None
+    while True:
+        beat = await desk.stores.cache.heartbeat(date, name)
+        if beat is not None and ready(beat):
+            return beat
+        if beat is not None and beat.get("exit_code") == ExitCode.CONFIGURATION:
+            raise ConfigurationError(str(beat["error"]), where=desk.where(date))
+        state = next((state for state in await desk.supervisor.states(group) if state.name == name), None)
+        log = desk.setting.home / "logs" / group / f"{name}.log"
+        if state is not None and state.state == "EXITED" and state.exit_code == ExitCode.CONFIGURATION:
+            raise ConfigurationError(f"{name} refuses to run", where=desk.where(date), do=f"See {log}.")
+        if (state is not None and state.state == "FATAL") or time.monotonic() > deadline:
+            words = f": {beat['error']}" if beat and beat.get("error") else ""
+            raise UnreachableError(
+                f"{name} is not ready{words}", where=desk.where(date), do=f"See {log}, then start the day again."
+            )
+        await asyncio.sleep(POLL_S)
+
+
+async def stop_capture(attempt: Attempt) -> None:
+    """Stop everything that runs for a day; the environment's gateway stays with its clients."""
+    await attempt.desk.supervisor.remove_group(day_group(attempt.desk.env, attempt.date))
+
+
+START = Verb(
+    name=VERB,
+    steps=(
+        Step("secmaster", "Syncing security master", sync_security_master),
+        Step("connector", "Starting connector", start_connector),
+        Step("archiver", "Starting archiver", start_archiver),
+        Step("gateway", "Starting gateway", start_gateway),
+        Step("health", "Health check passed", health_check),
+    ),
+    may_begin=may_start,
+    take=take,
+    finish=finish,
+    clean_up=stop_capture,
+    failed=EventName.START_FAILED,
+)

@@ -1,0 +1,120 @@
+"""What can be seen of an environment's days: status, history, one day. Reads the journal; the cache only adds live counts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from ssmd_dagster.capture.archiver import COMPONENT as ARCHIVER
+from ssmd_dagster.capture.programs import connector_names
+from ssmd_dagster.day.events import Book, TradingDay
+from ssmd_dagster.day.ledger import Ledger
+from ssmd_dagster.day.states import DayState
+from ssmd_dagster.errors import NotFoundError
+from ssmd_dagster.stores.cache import DayStats
+from ssmd_dagster.workflows.desk import Desk
+
+
+class DayView(msgspec.Struct, frozen=True, kw_only=True):
+    """One day as it is shown. `state` is ERROR where its processes are gone, journaled or not; `error` says why."""
+
+    day: TradingDay
+    state: DayState
+    error: str | None
+    messages: int
+    gaps: int
+    stats: DayStats | None
+    components: dict[str, dict[str, Any]]
+    at_ns: int
+
+    def to_json(self, environment: str) -> dict[str, Any]:
+        """Return the view under the command line's stable schema; times are nanoseconds since the epoch."""
+        day = self.day
+        return {
+            "environment": environment,
+            "date": day.date,
+            "state": self.state.value,
+            "error": self.error,
+            "failed_step": day.failed_step,
+            "mode": day.mode,
+            "revision": day.revision,
+            "epoch": day.epoch,
+            "started_ns": day.started_ns,
+            "ended_ns": day.ended_ns,
+            "messages": self.messages,
+            "gaps": msgspec.to_builtins(day.gaps),
+            "condition": day.condition,
+            "condition_reasons": list(day.condition_reasons),
+            "archive": day.archive_url,
+            "ledger": day.ledger,
+            "steps": msgspec.to_builtins(day.steps),
+            "stats": None if self.stats is None else msgspec.to_builtins(self.stats),
+            "components": self.components,
+        }
+
+
+async def status(desk: Desk, date: str | None = None) -> DayView:
+    """Return the current day, or `date`, with what its processes say of themselves.
+
+    Raises `NotFoundError` where no day was ever started.
+    """
+    book = await desk.book.refresh()
+    if date is None and book.current is None:
+        raise NotFoundError(
+            "no trading day has been started yet", where=desk.env, do=f"Start today's: `ssmd day start {desk.env}`."
+        )
+    return await view(desk, _day_of(desk, book, date or str(book.current)))
+
+
+async def history(desk: Desk, limit: int) -> list[DayView]:
+    """Return the latest days, newest first, from the journal; only a running day's counts come from the cache."""
+    book = await desk.book.refresh()
+    dates = sorted(book.days, reverse=True)[:limit]
+    return [await view(desk, book.days[date]) for date in dates]
+
+
+async def show(desk: Desk, date: str) -> DayView:
+    """Return one day; raise `NotFoundError` where the journal has nothing of it."""
+    return await view(desk, _day_of(desk, await desk.book.refresh(), date))
+
+
+def _day_of(desk: Desk, book: Book, date: str) -> TradingDay:
+    day = book.days.get(date)
+    if day is None:
+        known = f"Recorded days: {min(book.days)} to {max(book.days)}." if book.days else "No day is recorded yet."
+        raise NotFoundError(
+            f"trading day {date} is not recorded", where=desk.env, do=f"{known} See `ssmd day history {desk.env}`."
+        )
+    return day
+
+
+async def view(desk: Desk, day: TradingDay) -> DayView:
+    """Return a day with live counts and the state that its processes' heartbeats bear out."""
+    running = day.state in (DayState.STARTING, DayState.ACTIVE, DayState.ERROR, DayState.ENDING)
+    stats = await desk.stores.cache.stats(day.date) if running else None
+    components = await desk.stores.cache.heartbeats(day.date) if running else {}
+    state, error = day.state, day.error
+    if day.state is DayState.ACTIVE:
+        gone = [name for name in (*connector_names(desk.setting.env), ARCHIVER) if name not in components]
+        troubled = [f"{name}: {beat['error']}" for name, beat in components.items() if beat.get("error")]
+        if gone:
+            state, error = DayState.ERROR, "; ".join([*(f"{name} gives no heartbeat" for name in gone), *troubled])
+        elif troubled:
+            error = "; ".join(troubled)
+    counted = stats.messages if stats is not None else 0
+    return DayView(
+        day=day,
+        state=state,
+        error=error,
+        messages=max(counted, day.messages or 0) if running else day.messages or 0,
+        gaps=len(day.gaps),
+        stats=stats,
+        components=components,
+        at_ns=desk.setting.clock(),
+    )
+
+
+def ledger_of(day: TradingDay) -> Ledger | None:
+    """Return the day's ledger, None where none was drawn up."""
+    return None if day.ledger is None else Ledger.from_json(day.ledger)

@@ -1,0 +1,39 @@
+"""Servers that tests share: one of each per session, and an environment's name of its own for each test."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+
+from ssmd_dagster_tests import servers
+
+_numbers = itertools.count()
+
+
+@pytest.fixture(scope="session")
+def nats(tmp_path_factory: pytest.TempPathFactory) -> Iterator[servers.NatsServer]:
+    """A running NATS server that no test kills."""
+    with servers.nats_server(tmp_path_factory.mktemp("nats")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[servers.ValkeyServer]:
+    """A running Valkey server that no test kills or flushes."""
+    with servers.valkey_server(tmp_path_factory.mktemp("valkey")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[servers.S3Server]:
+    """A running S3 server that no test kills."""
+    with servers.s3_server(tmp_path_factory.mktemp("s3")) as server:
+        yield server
+
+
+@pytest.fixture
+def env_name() -> str:
+    """An environment's name that no other test of this process uses."""
+    return f"test-{next(_numbers)}"

@@ -1,0 +1,1 @@
+"""Tests of configuration: models, loader, local folders, secrets, and `ssmd env`."""
