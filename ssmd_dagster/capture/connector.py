@@ -17,7 +17,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from ssmd_dagster.capture.gaps import GapLog
+from ssmd_dagster.capture.gaps import STOPPING_NOTE, GapLog
 from ssmd_dagster.capture.pipeline import Pipeline
 from ssmd_dagster.capture.process import Heartbeat, connected, current_epoch, run, wait_any
 from ssmd_dagster.capture.recorder import Flush, Origin, Recorder
@@ -131,7 +131,7 @@ class Connector:
         finally:
             ticking.cancel()
             if stop.is_set():
-                recorder.note({"event": "stopping"})
+                recorder.note(STOPPING_NOTE)
             await connection.close()
             if not stop.is_set():
                 self._gaps.connection_lost(recorder.last_frame_ns or self._clock(), "connection_lost", conn)

@@ -12,15 +12,18 @@ from pathlib import Path
 
 import msgspec
 
-from ssmd_dagster.capture.spool import read_spool, spool_path, spooled_connections
+from ssmd_dagster.capture.spool import read_spool, spool_path, spooled_connections, spooled_records
 from ssmd_dagster.clock import Clock
 from ssmd_dagster.day.payloads import GapClosed, GapOpened
 from ssmd_dagster.day.states import EventName
 from ssmd_dagster.errors import SsmdError, UnreachableError
+from ssmd_dagster.exchange import SESSION
 from ssmd_dagster.stores.connect import Stores
 from ssmd_dagster.stores.daybook import DayBook
 
 RETRY_AFTER_S = 1.0
+STOPPING_NOTE = {"event": "stopping"}
+"""What a connector that is told to stop notes in its `session` channel."""
 MAX_WAITING = 10_000
 """Gap events that wait for the journal; a connector that reconnects every half second fills this in an hour and a half."""
 
@@ -42,6 +45,16 @@ def last_seen_ns(spool: Path, conn: str) -> int | None:
     return last
 
 
+def was_told_to_stop(spool: Path, conn: str) -> bool:
+    """Tell whether a connection ended because its connector was told to stop, by the note that it then leaves."""
+    notes = [
+        spooled_records(encoded, batch)
+        for batch, encoded in read_spool(spool_path(spool, conn))
+        if batch.header.channel == SESSION
+    ]
+    return any(STOPPING_NOTE["event"].encode() in records for records in notes[-2:])
+
+
 class GapLog:
     """Opens a gap where a connection ends and closes it when the next one is up; tells the journal in the background."""
 
@@ -52,7 +65,8 @@ class GapLog:
         shard = component.removeprefix("connector-")
         earlier = [conn for conn in spooled_connections(spool) if conn.split("-")[1] == shard]
         if earlier and (seen_ns := last_seen_ns(spool, earlier[-1])) is not None:
-            self.connection_lost(seen_ns, "process_crash", earlier[-1])
+            cause = "operator_stop" if was_told_to_stop(spool, earlier[-1]) else "process_crash"
+            self.connection_lost(seen_ns, cause, earlier[-1])
 
     def connection_lost(self, from_ns: int, cause: str, conn: str) -> None:
         """Open the gap behind a connection, from its last record on."""

@@ -20,7 +20,7 @@ from ssmd_dagster.stores.cache import DayCache
 from ssmd_dagster.stores.connect import Stores, connect
 from ssmd_dagster.stores.daybook import DayBook
 
-HEARTBEAT_EVERY_S = 3.0
+HEARTBEAT_EVERY_S = 1.0
 
 _log = logging.getLogger(__name__)
 

@@ -18,6 +18,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Self
 
 import aiohttp
 import yaml
@@ -194,7 +195,7 @@ class Watch:
         self._home = home
         self._tasks: list[asyncio.Task[None]] = []
 
-    async def __aenter__(self) -> Watch:
+    async def __aenter__(self) -> Self:
         secrets = load_secrets(self._home)
         self._tasks = [asyncio.create_task(self._follow(each, secrets)) for each in self._environments]
         return self
@@ -448,6 +449,8 @@ async def _start_all(
     for part in parts:
         if part.name not in alive:
             report(Progress(part=part.name, state="starting"))
+            # One that is between two attempts would count as started and as dead at once.
+            await supervisor.stop(GROUP, part.name)
             await supervisor.start(GROUP, part.name)
     waits = [asyncio.ensure_future(_wait_ready(supervisor, home, part, part.name in alive, report)) for part in parts]
     try:
@@ -505,9 +508,10 @@ async def _answers_ok(url: str) -> bool:
 async def _listens(port: int) -> bool:
     try:
         _, writer = await asyncio.wait_for(asyncio.open_connection(HOST, port), embedded.PROBE_TIMEOUT_S)
+        writer.close()
+        await writer.wait_closed()
     except (OSError, TimeoutError):
         return False
-    writer.close()
     return True
 
 

@@ -38,7 +38,8 @@ SOCKET_PATH_LIMIT = 100
 
 _POLL_S = 0.02
 _SOCKET = "supervisor.sock"
-_UNSAFE_IN_INI = re.compile(r"[\x00-\x1f\[\]*?%;#]")
+_PATTERN_CHARACTERS = re.compile(r"[\x00-\x1f\[\]*?]")
+_PLAIN_PATH = re.compile(r"[^\x00-\x1f%;#]+")
 
 _CONFIG = """\
 [supervisord]
@@ -246,9 +247,9 @@ def _describe(process: psutil.Process) -> str:
 
 
 def _write_configuration(home: Path) -> _Access:
-    if found := _UNSAFE_IN_INI.search(str(home)):
+    if found := _PATTERN_CHARACTERS.search(str(home)):
         raise ConfigurationError(
-            f"the path holds {found.group()!r}, which supervisord's configuration cannot",
+            f"the path holds {found.group()!r}, and supervisord would take it for a pattern",
             where=f"SSMD_HOME={home}",
             do="Choose another folder",
         )
@@ -271,8 +272,9 @@ def _write_configuration(home: Path) -> _Access:
 
 
 def _socket_folder(home: Path) -> Path:
+    """Return the socket's folder: in the home, or a private one elsewhere if that path is too long or too odd."""
     folder = supervisor_dir(home)
-    if len(os.fsencode(folder / _SOCKET)) <= SOCKET_PATH_LIMIT:
+    if len(os.fsencode(folder / _SOCKET)) <= SOCKET_PATH_LIMIT and _PLAIN_PATH.fullmatch(str(folder)):
         return folder
     digest = hashlib.sha256(os.fsencode(home)).hexdigest()[:12]
     folder = Path(tempfile.gettempdir()) / f"ssmd-{os.getuid()}-{digest}"

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from supervisor import process  # type: ignore[import-untyped]
-from supervisor.options import decode_wait_status  # type: ignore[import-untyped]
+from supervisor import process
+from supervisor.options import decode_wait_status
 
 
 class _NoMethods:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import click
@@ -157,18 +158,7 @@ def history_command(env: str, limit: int, as_json: bool) -> None:
     if as_json:
         print_json({"environment": env, "days": [view.to_json(env) for view in views]})
         return
-    click.echo(_row([title for title, _ in HISTORY_COLUMNS]))
-    for view in views:
-        day = view.day
-        cells = [
-            day.date,
-            view.state.value,
-            to_the_minute(day.started_ns) if day.started_ns is not None else "-",
-            to_the_minute(day.ended_ns) if day.ended_ns is not None else "-",
-            thousands(view.messages),
-            str(view.gaps),
-        ]
-        click.echo(_row(cells))
+    print_history(views)
 
 
 @day_group.command("show")
@@ -185,7 +175,7 @@ def show_command(ctx: click.Context, words: tuple[str, ...], as_json: bool) -> N
     if as_json:
         print_json(view.to_json(env))
         return
-    _print_day(env, view)
+    print_day(env, view)
 
 
 @day_group.command("rebuild")
@@ -200,7 +190,24 @@ def rebuild_command(env: str, as_json: bool) -> None:
         click.echo(f"Rebuilt {len(book.days)} days of {env} from the journal (sequence {book.tip_seq})")
 
 
-def _print_day(env: str, view: DayView) -> None:
+def print_history(views: list[DayView]) -> None:
+    """Print days as a table, in the order given."""
+    click.echo(_row([title for title, _ in HISTORY_COLUMNS]))
+    for view in views:
+        day = view.day
+        cells = [
+            day.date,
+            view.state.value,
+            to_the_minute(day.started_ns) if day.started_ns is not None else "-",
+            to_the_minute(day.ended_ns) if day.ended_ns is not None else "-",
+            thousands(view.messages),
+            str(view.gaps),
+        ]
+        click.echo(_row(cells))
+
+
+def print_day(env: str, view: DayView) -> None:
+    """Print everything that is known of one day."""
     day = view.day
     click.echo(f"Trading Day: {day.date}")
     click.echo(f"Environment: {env}")
@@ -307,7 +314,7 @@ class _Printer:
 
     def progress(self, progress: Progress, indent: str) -> None:
         """Print a step's line."""
-        stream = click.get_text_stream("stderr" if self._err else "stdout")
+        stream = sys.stderr if self._err else sys.stdout
         if progress.kind == "done":
             self.line(f"{indent}{mark(True, stream)} {progress.title}")
         elif progress.kind == "failed":
@@ -330,7 +337,7 @@ class _RollPrinter(_Printer):
             self.line(self._head)
         if progress.verb != self._half:
             if self._half == END.name and self._last is not None and self._last.kind != "failed":
-                self.line(f"  {mark(True, click.get_text_stream('stdout'))} Day {self._last.date} COMPLETE")
+                self.line(f"  {mark(True, sys.stdout)} Day {self._last.date} COMPLETE")
             self._half = progress.verb
             self.line(f"  {'Ending' if progress.verb == END.name else 'Starting'} {progress.date}...")
         self._last = progress
@@ -338,4 +345,4 @@ class _RollPrinter(_Printer):
 
     def day_line(self, day: TradingDay) -> None:
         """Print the line that ends a half."""
-        self.line(f"  {mark(True, click.get_text_stream('stdout'))} Day {day.date} {day.state}")
+        self.line(f"  {mark(True, sys.stdout)} Day {day.date} {day.state}")

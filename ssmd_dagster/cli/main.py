@@ -26,10 +26,12 @@ COMPLETION_VARIABLE = "_SSMD_COMPLETE"
 LOG_MAX_BYTES = 1_000_000
 
 _COMMANDS: dict[str, tuple[str, str]] = {
+    "demo": ("ssmd_dagster.cli.demo:demo_command", "Run a whole trading day on this machine, in about a minute."),
     "up": ("ssmd_dagster.cli.stack:up", "Start the embedded servers, the simulated exchange and Dagster."),
     "down": ("ssmd_dagster.cli.stack:down", "Stop everything that runs in this home."),
     "day": ("ssmd_dagster.cli.day:day_group", "Start, end, roll and look at trading days."),
     "env": ("ssmd_dagster.cli.env:env_group", "Show and check the configured environments."),
+    "sim": ("ssmd_dagster.simulator.main:sim_command", "Run a simulated exchange by itself, to test any recorder."),
     "secmaster": ("ssmd_dagster.cli.secmaster:secmaster_group", "Bring in and look at the list of markets."),
 }
 """Where each command lives, and its line in the help: reading it must not import the command."""
@@ -93,7 +95,7 @@ def run(arguments: Sequence[str]) -> int:
         return _fail(ExitCode.USAGE, error.format_message(), do=usage, as_json=as_json)
     except click.ClickException as error:
         return _fail(error.exit_code, error.format_message(), as_json=as_json)
-    except Exception as error:  # the one place where everything ends
+    except Exception as error:  # noqa: BLE001 - the one place where everything ends
         return _fail_with(error, arguments, as_json=as_json)
     return result if isinstance(result, int) else ExitCode.OK
 
@@ -141,3 +143,7 @@ def _keep_traceback(error: Exception, arguments: Sequence[str]) -> Path | str:
         click.echo(text, err=True)
         return "the lines above"
     return log
+
+
+if __name__ == "__main__":
+    main()

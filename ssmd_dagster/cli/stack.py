@@ -207,18 +207,21 @@ def _screen(
     processes: list[ProcessState] | str,
     days: dict[str, stack.DayNow],
 ) -> RenderableType:
+    from rich.box import SIMPLE_HEAD
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
-    day_table = Table("Environment", "Day", "State", title="Days", title_justify="left", expand=True)
+    day_table = Table("Environment", "Day", "State", title="Days", title_justify="left", box=SIMPLE_HEAD)
     for environment in environments:
         now = days.get(environment.name, stack.DayNow())
         day_table.add_row(environment.name, now.date or "-", now.state or "-")
     if isinstance(processes, str):
         body: RenderableType = Text(processes, style="red")
     else:
-        body = Table("Group", "Process", "State", "Pid", "For", title="Processes", title_justify="left", expand=True)
+        body = Table(
+            "Group", "Process", "State", "Pid", "For", title="Processes", title_justify="left", box=SIMPLE_HEAD
+        )
         for state in processes:
             style = _STATE_STYLES.get(state.state, "dim")
             pid = "-" if state.pid is None else str(state.pid)

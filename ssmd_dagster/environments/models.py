@@ -218,7 +218,8 @@ class Capture(Model):
     """What is recorded and how. `connections: 2` records everything twice, over two sockets.
 
     `linger_ms` is the longest time a record waits for its batch; `spool_limit_mb` bounds a connector's unacknowledged
-    bytes; `use_yes_price` is passed on with the order book subscription.
+    bytes; `stream_limit_mb` is the room that the raw stream may take in NATS; `use_yes_price` is passed
+    on with the order book subscription.
     """
 
     channels: Annotated[tuple[Channel, ...], AfterValidator(_distinct), Field(strict=False)]
@@ -227,6 +228,7 @@ class Capture(Model):
     linger_ms: int = Field(default=50, ge=1, le=5_000)
     use_yes_price: bool = False
     spool_limit_mb: int = Field(default=2_048, ge=1, le=1_048_576)
+    stream_limit_mb: int = Field(default=4_096, ge=16, le=16_777_216)
 
 
 class Keys(Model):

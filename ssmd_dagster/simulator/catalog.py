@@ -22,6 +22,8 @@ SECOND_NS = 1_000_000_000
 DAY_S = 86_400
 _QUARTER_S = 900
 _COMBO_S = 6 * 3_600
+_PLAYED_FROM_S = calendar.timegm((2021, 1, 1, 0, 0, 0))
+_PLAYED_TO_S = calendar.timegm((2099, 1, 1, 0, 0, 0))
 
 
 class Rhythm(StrEnum):
@@ -81,8 +83,6 @@ class EventPlan(NamedTuple):
     """One event to come. Times are whole seconds since the epoch; `ends_s` is when trading really ends."""
 
     series: Series
-    index: int
-    number: int
     ticker: str
     title: str
     sub_title: str
@@ -108,7 +108,7 @@ def allot(markets: int, wanted: tuple[str, ...] = ()) -> dict[Series, int]:
     listed = [series for series in CATALOG if not wanted or series.ticker in wanted]
     plain = [series for series in listed if not series.combo]
     quarters = [series for series in plain if series.rhythm is Rhythm.QUARTER][: max(1, markets // 25)]
-    chosen = {series: 1 for series in quarters}
+    chosen = dict.fromkeys(quarters, 1)
     left = max(0, markets - len(quarters))
     sharing = [series for series in plain if series.share][: max(2, left // 8)]
     while sharing and left:
@@ -193,13 +193,14 @@ def plan_events(series: Series, index: int, an_event: int, seed: int) -> Iterato
     else:
         suffix, words = day, f"On {close_et:%b %d, %Y}"
     yield EventPlan(
-        series, index, 0, f"{series.ticker}-{suffix}", f"{series.title} {words}?", words, created, opens, closes, closes
+        series, f"{series.ticker}-{suffix}", f"{series.title} {words}?", words, created, opens, closes, closes
     )
 
 
 _TEAMS = (
-    "ATL BOS BKN CHA CHI CLE DAL DEN DET GSW HOU IND LAC LAL MEM MIA MIL MIN NOP NYK OKC ORL PHI PHX POR SAC SAS TOR UTA WAS"
-).split()
+    *("ATL", "BOS", "BKN", "CHA", "CHI", "CLE", "DAL", "DEN", "DET", "GSW", "HOU", "IND", "LAC", "LAL", "MEM"),
+    *("MIA", "MIL", "MIN", "NOP", "NYK", "OKC", "ORL", "PHI", "PHX", "POR", "SAC", "SAS", "TOR", "UTA", "WAS"),
+)
 
 
 def _plan_games(series: Series, index: int, an_event: int, seed: int) -> Iterator[EventPlan]:
@@ -207,11 +208,11 @@ def _plan_games(series: Series, index: int, an_event: int, seed: int) -> Iterato
     rng = random.Random(f"{seed}/{series.ticker}/{index}")
     pairs = [(away, home) for away in _TEAMS for home in _TEAMS if away != home]
     first_day = datetime.fromtimestamp(_eastern_s(index, 12), EASTERN)
-    for number, (away, home) in enumerate(rng.sample(pairs, max(1, an_event // 2))):
+    for away, home in rng.sample(pairs, max(1, an_event // 2)):
         ends = _eastern_s(index, 12) + rng.randrange(2 * 3_600, 11 * 3_600)
         ticker = f"{series.ticker}-{f'{first_day:%y%b%d}'.upper()}{away}{home}"
         title = f"{away} at {home} winner?"
-        yield EventPlan(series, index, number, ticker, title, f"{away} at {home}", created, opens, closes, ends)
+        yield EventPlan(series, ticker, title, f"{away} at {home}", created, opens, closes, ends)
 
 
 def plan_markets(event: EventPlan, an_event: int, seed: int) -> Iterator[MarketPlan]:
@@ -221,7 +222,8 @@ def plan_markets(event: EventPlan, an_event: int, seed: int) -> Iterator[MarketP
     if series.rhythm is Rhythm.QUARTER:
         minutes = datetime.fromtimestamp(event.close_s, EASTERN).strftime("%M")
         strike = round(series.spot * (1 + rng.gauss(0, 0.01)), 2)
-        yield MarketPlan(f"{event.ticker}-{minutes}", event.title, f"${strike:,.2f} or above", strike, None, rng.randrange(2_500, 7_500))
+        words = f"${strike:,.2f} or above"
+        yield MarketPlan(f"{event.ticker}-{minutes}", event.title, words, strike, None, rng.randrange(2_500, 7_500))
         return
     if series.rhythm is Rhythm.GAME:
         away, home = event.ticker[-6:-3], event.ticker[-3:]
@@ -245,14 +247,34 @@ def plan_markets(event: EventPlan, an_event: int, seed: int) -> Iterator[MarketP
         if series.strike == "between":
             cap = round(floor + step - 10**-decimals, decimals)
             centre = int(4_000 * math.exp(-distance * distance)) + 150
-            yield MarketPlan(f"{event.ticker}-B{_number(floor)}", event.title, f"{floor:,.2f} to {cap:,.2f}", floor, cap, centre)
+            yield MarketPlan(
+                f"{event.ticker}-B{_number(floor)}", event.title, f"{floor:,.2f} to {cap:,.2f}", floor, cap, centre
+            )
         else:
             centre = int(10_000 / (1 + math.exp(distance)))
-            yield MarketPlan(f"{event.ticker}-T{_number(floor)}", event.title, f"{floor:,.2f} or above", floor, None, centre)
+            yield MarketPlan(
+                f"{event.ticker}-T{_number(floor)}", event.title, f"{floor:,.2f} or above", floor, None, centre
+            )
 
 
 def _number(strike: float) -> str:
     return f"{strike:.6f}".rstrip("0").rstrip(".")
+
+
+def plan_played(tickers: tuple[str, ...]) -> list[tuple[EventPlan, list[MarketPlan]]]:
+    """Return the events and markets of a recording; they are open for ever. Series and event are read off the tickers."""
+    events: dict[str, list[str]] = {}
+    for ticker in tickers:
+        events.setdefault(ticker.rpartition("-")[0] or ticker, []).append(ticker)
+    plans = []
+    for event_ticker, market_tickers in events.items():
+        name = event_ticker.partition("-")[0]
+        series = Series(name, f"Recorded {name}", "Recorded", (), Rhythm.YEARLY, LINEAR_CENT)
+        event = EventPlan(
+            series, event_ticker, event_ticker, "", _PLAYED_FROM_S, _PLAYED_FROM_S, _PLAYED_TO_S, _PLAYED_TO_S
+        )
+        plans.append((event, [MarketPlan(ticker, ticker, ticker, None, None, 5_000) for ticker in market_tickers]))
+    return plans
 
 
 def paused_until_s(at_s: int) -> int | None:

@@ -9,16 +9,18 @@ import asyncio
 import random
 from collections.abc import Iterator
 
-from ssmd_dagster.simulator import catalog
+from ssmd_dagster.simulator import catalog, indices
 from ssmd_dagster.simulator.faults import Faults
 from ssmd_dagster.simulator.frames import (
     TradeStamp,
     compact,
     delta_tail,
     event_created,
+    fee_update,
     lifecycle_created,
     ticker_body,
 )
+from ssmd_dagster.simulator.playback import Recording
 from ssmd_dagster.simulator.session import (
     BOOK,
     CHANNELS,
@@ -59,6 +61,7 @@ class Engine:
         limits: Limits,
         seed: int,
         pauses: bool,
+        recording: Recording | None = None,
     ) -> None:
         self.world = world
         self.trades = trades
@@ -68,11 +71,14 @@ class Engine:
         self.limits = limits
         self.rng = random.Random(seed)
         self.pauses = pauses
+        self.recording = recording
+        self._players: set[asyncio.Task[None]] = set()
         self.connections: dict[int, Connection] = {}
         self.everything: dict[str, list[Subscription]] = {channel: [] for channel in CHANNELS}
         self.faults = Faults(self)
         self.messages = 0
         self.paused = False
+        self._index_ticks: dict[str, int] = {}
         self._picks: Iterator[Market] = iter(())
         self._drawn: list[Market] = []
         self._reuse = 0
@@ -104,11 +110,24 @@ class Engine:
         now_ns = self.clock()
         for change in self.world.advance(now_ns):
             self._tell(change)
+        self._tell_indices(now_ns // 1_000_000)
         self.paused = self.pauses and catalog.paused_until_s(now_ns // catalog.SECOND_NS) is not None
         self._flush()
 
+    def play(self, connection: Connection) -> None:
+        """Begin to play the recording, if there is one, to a connection."""
+        if self.recording is None:
+            return
+        numbers = {ticker: market.index for ticker, market in self.world.markets.items()}
+        player = asyncio.create_task(self.recording.play(connection, numbers))
+        self._players.add(player)
+        player.add_done_callback(self._players.discard)
+
     async def run(self) -> None:
         """Run until cancelled."""
+        if self.recording is not None:
+            while True:
+                await asyncio.sleep(_SLOW_TICK_S)
         loop = asyncio.get_running_loop()
         last_s = loop.time()
         owed = 0.0
@@ -285,12 +304,25 @@ class Engine:
         if market is None:
             if change.what is Happening.CREATED:
                 self._lifecycle(change, "event_lifecycle", event_created(change.event), 0)
+            elif change.what in (Happening.FEE_SET, Happening.FEE_CLEARED):
+                self._lifecycle(change, "event_fee_update", fee_update(change), 0)
             return
         msg: dict[str, object] | None = None
         if change.what is Happening.CREATED:
             msg = lifecycle_created(market)
             for connection in self.connections.values():
                 connection.listed(market)
+        elif change.what is Happening.RENAMED:
+            msg = {
+                "event_type": "metadata_updated",
+                "market_ticker": market.ticker,
+                **market.strike(),
+                "yes_sub_title": market.plan.sub_title,
+            }
+        elif change.what in (Happening.DEACTIVATED, Happening.ACTIVATED):
+            stopped = change.what is Happening.DEACTIVATED
+            kind = "deactivated" if stopped else "activated"
+            msg = {"market_ticker": market.ticker, "is_deactivated": stopped, "event_type": kind}
         elif change.what is Happening.DATE_UPDATED:
             msg = {"market_ticker": market.ticker, "close_ts": change.at_s, "event_type": "close_date_updated"}
         elif change.what is Happening.DETERMINED:
@@ -323,7 +355,7 @@ class Engine:
 
     def _lifecycle(self, change: Change, kind: str, msg: dict[str, object], index: int) -> None:
         combo = change.event.plan.series.combo
-        channels = (COMBO_LIFECYCLE,) if combo else (LIFECYCLE, COMBO_LIFECYCLE) if index == 0 else (LIFECYCLE,)
+        channels = (COMBO_LIFECYCLE,) if combo else (LIFECYCLE,)
         body = compact(msg)
         send_ms = self.clock() // 1_000_000
         for channel in channels:
@@ -332,6 +364,21 @@ class Engine:
                 payload = b'{"type":"%b","sid":%d,"seq":%d,"msg":%b,"sending_ts_ms":%d}' % (
                     kind.encode(), sub.sid, seq, body, send_ms)  # fmt: skip
                 sub.connection.put(payload, kind, sid=sub.sid, seq=seq, market=index)
+
+    def _tell_indices(self, now_ms: int) -> None:
+        for channel in indices.CHANNELS:
+            subs = self.everything[channel]
+            tick = now_ms // indices.EVERY_MS[channel]
+            if not subs or tick == self._index_ticks.get(channel):
+                continue
+            self._index_ticks[channel] = tick
+            for name in indices.NAMES[channel]:
+                body = compact(indices.message(channel, name, now_ms))
+                for sub in subs:
+                    if name in sub.names or "all" in sub.names:
+                        seq = sub.next_seq()
+                        payload = b'%b%d,"msg":%b,"sending_ts_ms":%d}' % (sub.prefix, seq, body, now_ms)
+                        sub.connection.put(payload, channel, sid=sub.sid, seq=seq)
 
     def _flush(self, event_ms: int = 0) -> None:
         """Put trades on disk before anyone hears of them, then send."""

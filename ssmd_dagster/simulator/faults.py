@@ -23,13 +23,22 @@ if TYPE_CHECKING:
 
 FrameKind = Literal["sequence_jump", "duplicate", "reorder", "late", "unknown_keys", "cents", "huge"]
 SocketKind = Literal[
-    "disconnect", "torn_frame", "half_snapshot", "malformed", "unknown_type", "channel_error", "black_hole", "clock_back"
+    "disconnect",
+    "torn_frame",
+    "half_snapshot",
+    "malformed",
+    "unknown_type",
+    "channel_error",
+    "black_hole",
+    "clock_back",
 ]
 HttpKind = Literal["http_429", "http_5xx", "http_slow", "http_cut", "refuse_handshake"]
 
 FRAME_KINDS: tuple[str, ...] = FrameKind.__args__  # type: ignore[attr-defined]
 SOCKET_KINDS: tuple[str, ...] = SocketKind.__args__  # type: ignore[attr-defined]
 HTTP_KINDS: tuple[str, ...] = HttpKind.__args__  # type: ignore[attr-defined]
+
+ALL_KINDS = (*FRAME_KINDS, *SOCKET_KINDS, *HTTP_KINDS)
 
 MAX_HUGE_BYTES = 60 << 20
 _DATA = frozenset(
@@ -82,7 +91,9 @@ class FrameFault:
     def wants(self, queued: Queued) -> bool:
         """True for a frame that this fault is to alter."""
         kind = queued.key & 0xFF
-        return self.left > 0 and not queued.fault and kind in _DATA and (self._channels is None or kind in self._channels)
+        return (
+            self.left > 0 and not queued.fault and kind in _DATA and (self._channels is None or kind in self._channels)
+        )
 
     def alter(self, queued: list[Queued], connection: Connection) -> list[Queued]:
         """Return what goes out instead."""
@@ -216,7 +227,9 @@ class Faults:
         """Begin what waits for the next connection."""
         waiting, self.for_next = self.for_next, []
         for fault in waiting:
-            self.engine.truth.note("fault_begins", self.engine.clock(), fault=fault.number, connection=connection.number)
+            self.engine.truth.note(
+                "fault_begins", self.engine.clock(), fault=fault.number, connection=connection.number
+            )
             self._begin(fault, connection)
 
     def clear(self) -> None:
@@ -245,7 +258,12 @@ class Faults:
         while True:
             await asyncio.sleep(rng.expovariate(per_minute / 60))
             kind = rng.choice(kinds)
-            told = {"fault": kind, "count": rng.randint(1, 20), "for_s": rng.uniform(1, 5), "delay_s": rng.uniform(0.1, 5)}
+            told = {
+                "fault": kind,
+                "count": rng.randint(1, 20),
+                "for_s": rng.uniform(1, 5),
+                "delay_s": rng.uniform(0.1, 5),
+            }
             order = msgspec.convert(told, Order)
             numbers = sorted(self.engine.connections)
             if kind not in HTTP_KINDS:
@@ -291,14 +309,14 @@ class Faults:
     def _unknown_type(self, connection: Connection, fault: FrameFault) -> None:
         """Send messages of a type that nobody has heard of; they take numbers of a subscription's sequence."""
         for _ in range(fault.order.count):
-            for sub in self._subscriptions(connection, fault.order) or [None]:
-                message: dict[str, Any] = {"type": "market_weather"}
-                sid = seq = 0
-                if sub is not None:
-                    sid, seq = sub.sid, sub.next_seq()
-                    message |= {"sid": sid, "seq": seq}
-                message["msg"] = {"sky": "clear", "wind": [1, None, {"from": "west"}]}
-                connection.put_fault(compact(message), "unknown", fault.number, sid=sid, seq=seq)
+            weather = {"sky": "clear", "wind": [1, None, {"from": "west"}]}
+            subs = self._subscriptions(connection, fault.order)
+            if not subs:
+                connection.put_fault(compact({"type": "market_weather", "msg": weather}), "unknown", fault.number)
+            for sub in subs:
+                seq = sub.next_seq()
+                message = {"type": "market_weather", "sid": sub.sid, "seq": seq, "msg": weather}
+                connection.put_fault(compact(message), "unknown", fault.number, sid=sub.sid, seq=seq)
 
     def _clock_back(self, order: Order) -> None:
         """Let the exchange clocks go down, as they may over a maintenance; of one market, or of all."""

@@ -9,7 +9,7 @@ import json
 from datetime import UTC, datetime
 from typing import Any
 
-from ssmd_dagster.simulator.world import Event, Market
+from ssmd_dagster.simulator.world import Change, Event, Happening, Market
 
 _QUICK_SIZES = 4_096
 
@@ -66,7 +66,9 @@ class TradeStamp:
         self.event_us = event_ms * 1_000 - 1
         self._last_us = event_ms * 1_000 + 999
         seconds, millis = divmod(event_ms, 1_000)
-        self._until_micros = f',"created_time":"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}.{millis:03d}'.encode()
+        self._until_micros = (
+            f',"created_time":"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}.{millis:03d}'.encode()
+        )
         self._tail = b',"ts":%d,"ts_ms":%d},"sending_ts_ms":%d}' % (seconds, event_ms, send_ms)
 
     def row(self, identity: bytes, ticker: bytes, fields: bytes) -> bytes:
@@ -117,6 +119,16 @@ def event_created(event: Event) -> dict[str, Any]:
         "collateral_return_type": "MECNET" if plan.series.strike == "between" else "",
         "series_ticker": plan.series.ticker,
         "strike_date": plan.close_s,
+    }
+
+
+def fee_update(change: Change) -> dict[str, Any]:
+    """Return the `msg` of `event_fee_update`."""
+    override = change.what is Happening.FEE_SET
+    return {
+        "event_ticker": change.event.ticker,
+        "fee_type_override": "quadratic" if override else None,
+        "fee_multiplier_override": 0.5 if override else None,
     }
 
 

@@ -30,7 +30,7 @@ _PSS = padding.PSS(mgf=padding.MGF1(hashes.SHA256()), salt_length=hashes.SHA256.
 PublicKey = rsa.RSAPublicKey | ed25519.Ed25519PublicKey
 
 
-class Refused(Exception):
+class RefusedSignatureError(Exception):
     """A request that is not signed as it must be; `code` is Kalshi's word for it."""
 
     def __init__(self, code: str, details: str) -> None:
@@ -67,6 +67,10 @@ class KeyRing:
         write_file(home / "key_id", key_id.encode())
         self.register(key_id, public)
 
+    def ids(self) -> list[str]:
+        """Return the ids of the accepted keys."""
+        return list(self._keys)
+
     def register(self, key_id: str, public_pem: bytes) -> None:
         """Accept one more key from now on, and after a restart."""
         if not _KEY_ID.fullmatch(key_id):
@@ -77,7 +81,7 @@ class KeyRing:
         self._keys[key_id] = key
 
     def check(self, headers: Mapping[str, str], method: str, path: str) -> None:
-        """Raise `Refused` unless the headers sign this request with an accepted key at about this time.
+        """Raise `RefusedSignatureError` unless the headers sign this request with an accepted key at about this time.
 
         `path` is without host and query. Header names are looked up as given, so pass a case-insensitive mapping.
         """
@@ -85,18 +89,18 @@ class KeyRing:
         stamp = headers.get("KALSHI-ACCESS-TIMESTAMP")
         signature = headers.get("KALSHI-ACCESS-SIGNATURE")
         if not key_id or not stamp or not signature:
-            raise Refused("token_authentication_failure", "missing authentication headers")
+            raise RefusedSignatureError("token_authentication_failure", "missing authentication headers")
         key = self._keys.get(key_id)
         if key is None:
-            raise Refused("token_authentication_failure", "NOT_FOUND")
+            raise RefusedSignatureError("token_authentication_failure", "NOT_FOUND")
         if not stamp.isascii() or not stamp.isdecimal() or len(stamp) > 18:
-            raise Refused("header_timestamp_invalid", "timestamp is not milliseconds since the epoch")
+            raise RefusedSignatureError("header_timestamp_invalid", "timestamp is not milliseconds since the epoch")
         if abs(int(stamp) - self._clock() // 1_000_000) > SKEW_MS:
-            raise Refused("header_timestamp_expired", "timestamp is too far from the exchange's time")
+            raise RefusedSignatureError("header_timestamp_expired", "timestamp is too far from the exchange's time")
         try:
             raw = base64.b64decode(signature, validate=True)
         except (binascii.Error, ValueError):
-            raise Refused("token_authentication_failure", "signature is not base64") from None
+            raise RefusedSignatureError("token_authentication_failure", "signature is not base64") from None
         try:
             signed = f"{stamp}{method}{path}".encode()
             if isinstance(key, rsa.RSAPublicKey):
@@ -104,7 +108,7 @@ class KeyRing:
             else:
                 key.verify(raw, signed)
         except InvalidSignature:
-            raise Refused("token_authentication_failure", "INCORRECT_API_KEY_SIGNATURE") from None
+            raise RefusedSignatureError("token_authentication_failure", "INCORRECT_API_KEY_SIGNATURE") from None
 
 
 def _read_public(pem: bytes, path: Path) -> PublicKey:

@@ -21,8 +21,10 @@ from picows import WSUpgradeRequest, WSUpgradeResponse, WSUpgradeResponseWithLis
 
 from ssmd_dagster.errors import SsmdError
 from ssmd_dagster.simulator.engine import Engine
+from ssmd_dagster.simulator.faults import ALL_KINDS
 from ssmd_dagster.simulator.frames import compact
-from ssmd_dagster.simulator.keys import KeyRing, Refused, write_file
+from ssmd_dagster.simulator.keys import KeyRing, RefusedSignatureError, write_file
+from ssmd_dagster.simulator.playback import Recording
 from ssmd_dagster.simulator.rest import Rest
 from ssmd_dagster.simulator.session import Connection, Limits
 from ssmd_dagster.simulator.shift import SimulatorClock
@@ -50,6 +52,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     auth: bool = True
     key_type: str = "rsa"
     pauses: bool = True
+    play: Path | None = None
+    play_speed: float = 1.0
+    fault_seed: int = 1
+    faults_per_minute: float = 0.0
+    faults: tuple[str, ...] = ()
     limits: Limits = Limits()
 
 
@@ -66,7 +73,9 @@ class Simulator:
         self.keys = KeyRing(home, self.clock, kind=settings.key_type) if settings.auth else None
         now_ns = self.clock()
         self.trades = TradeBook(home / "trades")
-        self.world = World(settings.seed, settings.markets, self.boot, now_ns, series=settings.series)
+        recording = Recording(settings.play, settings.play_speed) if settings.play else None
+        played = tuple(recording.tickers) if recording else ()
+        self.world = World(settings.seed, settings.markets, self.boot, now_ns, series=settings.series, played=played)
         self.truth = TruthLog(home / "truth", now_ns, self.world.names)
         self.engine = Engine(
             self.world,
@@ -77,10 +86,12 @@ class Simulator:
             limits=settings.limits,
             seed=settings.seed,
             pauses=settings.pauses,
+            recording=recording,
         )
         self.ws_port = settings.ws_port
         self.rest_port = settings.rest_port
         self._connections = self.boot * _CONNECTIONS_A_BOOT
+        self._breaking: asyncio.Task[None] | None = None
         self._runner: web.AppRunner | None = None
         self._server: Any = None
         self.running: asyncio.Task[None] | None = None
@@ -102,6 +113,10 @@ class Simulator:
         self.rest_port = self._runner.addresses[0][1]
         about |= {"endpoint": self.endpoint, "rest_endpoint": self.rest_endpoint}
         self.running = asyncio.create_task(self.engine.run())
+        if settings.faults_per_minute:
+            kinds = settings.faults or ALL_KINDS
+            plan = self.engine.faults.schedule(settings.fault_seed, settings.faults_per_minute, kinds)
+            self._breaking = asyncio.create_task(plan)
 
     @property
     def endpoint(self) -> str:
@@ -120,12 +135,14 @@ class Simulator:
         fault = self.engine.faults.over_http(("refuse_handshake",), "")
         if fault is not None:
             status = HTTPStatus(fault.order.status)
-            response = WSUpgradeResponse.create_error_response(status, compact({"code": "refused", "message": status.phrase}))
+            response = WSUpgradeResponse.create_error_response(
+                status, compact({"code": "refused", "message": status.phrase})
+            )
             return WSUpgradeResponseWithListener(response, None)
         if self.keys is not None:
             try:
                 self.keys.check(request.headers, "GET", path)
-            except Refused as refused:
+            except RefusedSignatureError as refused:
                 body = {"code": refused.code, "message": refused.code.replace("_", " "), "details": refused.details}
                 response = WSUpgradeResponse.create_error_response(
                     HTTPStatus.UNAUTHORIZED, compact(body), {"Content-Type": "application/json"}
@@ -136,9 +153,11 @@ class Simulator:
 
     async def stop_moving(self) -> None:
         """Stop time: no market moves any more, commands are still answered."""
-        if self.running is not None:
-            self.running.cancel()
-            await asyncio.wait([self.running])
+        tasks = [task for task in (self.running, self._breaking) if task is not None]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
 
     async def stop(self) -> None:
         """Close every connection and file."""
@@ -181,13 +200,9 @@ async def _serve(settings: Settings) -> None:
     loop = asyncio.get_running_loop()
     for name in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(name, stop.set)
-    print(
-        json.dumps(
-            {"message_type": "ready", "endpoint": simulator.endpoint, "rest_endpoint": simulator.rest_endpoint,
-             "pid": os.getpid(), "home": str(settings.home)}
-        ),
-        flush=True,
-    )  # fmt: skip
+    ready = {"message_type": "ready", "endpoint": simulator.endpoint, "rest_endpoint": simulator.rest_endpoint}
+    click.echo(json.dumps({**ready, "pid": os.getpid(), "home": str(settings.home)}))
+    sys.stdout.flush()
     stopping = asyncio.create_task(stop.wait())
     assert simulator.running is not None
     await asyncio.wait([stopping, simulator.running], return_when=asyncio.FIRST_COMPLETED)
@@ -224,23 +239,38 @@ def command(
 
 
 @click.command("sim", context_settings={"show_default": True})
-@click.option("--home", type=click.Path(path_type=Path), required=True, help="Folder of the clock, keys, trades and truth log.")
+@click.option(
+    "--home", type=click.Path(path_type=Path), required=True, help="Folder of clock, keys, trades, truth log."
+)
 @click.option("--ws-port", type=click.IntRange(0, 65_535), default=0, help="WebSocket port; 0 chooses a free one.")
 @click.option("--rest-port", type=click.IntRange(0, 65_535), default=0, help="REST port; 0 chooses a free one.")
 @click.option("--host", default="127.0.0.1", help="Address to listen on.")
 @click.option("--seed", type=int, default=1, help="The same seed makes the same markets.")
 @click.option("--markets", type=click.IntRange(1, 1_000_000), default=200, help="About how many markets are open.")
-@click.option("--rate", type=click.FloatRange(0), default=200.0, help="Messages a second in all; 0 is as fast as the sockets take.")
+@click.option("--rate", type=click.FloatRange(0), default=200.0, help="Messages a second; 0: all that sockets take.")
 @click.option("--series", multiple=True, help="List only these series (may be repeated).")
 @click.option("--auth/--no-auth", default=True, help="Ask for Kalshi's signed handshake.")
-@click.option("--key-type", type=click.Choice(["rsa", "ed25519"]), default="rsa", help="Kind of key to make in a new home.")
+@click.option(
+    "--key-type", type=click.Choice(["rsa", "ed25519"]), default="rsa", help="Kind of key to make in a new home."
+)
 @click.option("--pause/--no-pause", "pauses", default=True, help="Thursday's trading pause, 03:00 to 05:00 Eastern.")
+@click.option(
+    "--play", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="Play a *.frames.jsonl instead."
+)
+@click.option("--play-speed", type=click.FloatRange(0), default=1.0, help="Times as fast as recorded; 0 is at once.")
+@click.option("--faults-per-minute", type=click.FloatRange(0), default=0.0, help="Break something this often.")
+@click.option(
+    "--fault", "faults", multiple=True, type=click.Choice(ALL_KINDS), help="Break only this (may be repeated)."
+)
+@click.option("--fault-seed", type=int, default=1, help="The same seed breaks the same things.")
 @click.option("--ping-interval", type=click.FloatRange(0.05), default=10.0, help="Seconds between pings.")
 @click.option("--pong-timeout", type=click.FloatRange(0.05), default=20.0, help="Seconds to wait for a pong.")
 @click.option("--buffer-bytes", type=click.IntRange(1_024), default=32 << 20, help="Unread bytes before error 25.")
 @click.option("--subscription-markets", type=click.IntRange(1), default=500_000, help="Markets before error 26.")
 @click.option("--command-rate", type=click.IntRange(1), default=1_000, help="Commands a second before error 27.")
-@click.option("--answer-delay", type=click.FloatRange(0), default=0.003, help="Seconds an answer may take; 0 keeps order.")
+@click.option(
+    "--answer-delay", type=click.FloatRange(0), default=0.003, help="Seconds an answer may take; 0 keeps order."
+)
 def sim_command(**options: Any) -> None:
     """Run a Kalshi-protocol exchange with a log of the truth, until SIGTERM."""
     limits = Limits(

@@ -22,7 +22,7 @@ from ssmd_dagster.simulator.catalog import SECOND_NS, Series
 from ssmd_dagster.simulator.engine import Engine
 from ssmd_dagster.simulator.faults import HTTP_KINDS, Order
 from ssmd_dagster.simulator.frames import compact
-from ssmd_dagster.simulator.keys import KeyRing, Refused
+from ssmd_dagster.simulator.keys import KeyRing, RefusedSignatureError
 from ssmd_dagster.simulator.tapes import contracts, dollars
 from ssmd_dagster.simulator.world import STATUS_OF_FILTER, Event, Market, rfc3339
 
@@ -38,7 +38,7 @@ _TIME_FAMILIES = ("created", "updated", "close", "settled")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-class Wrong(Exception):
+class WrongRequestError(Exception):
     """A request that is answered with an error."""
 
     def __init__(self, status: int, code: str, message: str) -> None:
@@ -119,13 +119,13 @@ class Rest:
             if self.keys is not None and any(name in request.headers for name in _SIGNED):
                 try:
                     self.keys.check(request.headers, request.method, path)
-                except Refused as refused:
+                except RefusedSignatureError as refused:
                     return error_response(401, refused.code, refused.code.replace("_", " "), refused.details)
         try:
             if path.removeprefix(PREFIX) in _CACHED:
                 return await self._from_cache(request, handler)
             return await handler(request)
-        except Wrong as wrong:
+        except WrongRequestError as wrong:
             return error_response(wrong.status, wrong.code, wrong.message)
         except web.HTTPNotFound:
             return error_response(404, "not_found", "not found")
@@ -184,14 +184,14 @@ class Rest:
         try:
             return int(text)
         except ValueError:
-            raise Wrong(400, "bad_request", f"{name} is not an integer") from None
+            raise WrongRequestError(400, "bad_request", f"{name} is not an integer") from None
 
     def _limit(self, request: web.Request, default: int, most: int) -> int:
         limit = self._integer(request, "limit")
         if limit is None or limit == 0:
             return default
         if not 0 < limit <= most:
-            raise Wrong(400, "bad_request", f"limit must be between 1 and {most}")
+            raise WrongRequestError(400, "bad_request", f"limit must be between 1 and {most}")
         return limit
 
     @staticmethod
@@ -202,7 +202,7 @@ class Rest:
         try:
             return json.loads(base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)))
         except (binascii.Error, ValueError):
-            raise Wrong(400, "invalid_cursor", "invalid cursor") from None
+            raise WrongRequestError(400, "invalid_cursor", "invalid cursor") from None
 
     # -- markets ---------------------------------------------------------------------------------------------------
 
@@ -210,13 +210,13 @@ class Rest:
         query = request.query
         families = [name for name in _TIME_FAMILIES if query.get(f"min_{name}_ts") or query.get(f"max_{name}_ts")]
         if len(families) > 1:
-            raise Wrong(400, "bad_request", "timestamp filters are mutually exclusive")
+            raise WrongRequestError(400, "bad_request", "timestamp filters are mutually exclusive")
         status = query.get("status", "")
         if status and status not in ("unopened", "open", "paused", "closed", "settled"):
-            raise Wrong(400, "bad_request", f"invalid status {status}")
+            raise WrongRequestError(400, "bad_request", f"invalid status {status}")
         mve = query.get("mve_filter", "")
         if mve not in ("", "only", "exclude"):
-            raise Wrong(400, "bad_request", f"invalid mve_filter {mve}")
+            raise WrongRequestError(400, "bad_request", f"invalid mve_filter {mve}")
         event_ticker, series_ticker = query.get("event_ticker"), query.get("series_ticker")
         bounds = None
         if families:
@@ -245,7 +245,7 @@ class Rest:
         world = self.engine.world
         below = self._position(request)
         if below is not None and not isinstance(below, int):
-            raise Wrong(400, "invalid_cursor", "invalid cursor")
+            raise WrongRequestError(400, "invalid_cursor", "invalid cursor")
         tickers = request.query.get("tickers")
         event = world.events.get(request.query.get("event_ticker", ""))
         found: Iterable[Market]
@@ -273,7 +273,7 @@ class Rest:
     def _find(self, request: web.Request) -> Market:
         market = self.engine.world.markets.get(request.match_info["ticker"])
         if market is None:
-            raise Wrong(404, "not_found", "market not found")
+            raise WrongRequestError(404, "not_found", "market not found")
         return market
 
     async def _market(self, request: web.Request) -> web.Response:
@@ -282,13 +282,13 @@ class Rest:
     async def _orderbook(self, request: web.Request) -> web.Response:
         depth = self._integer(request, "depth") or 0
         if depth > 100:
-            raise Wrong(400, "bad_request", "depth must be at most 100")
+            raise WrongRequestError(400, "bad_request", "depth must be at most 100")
         return _json(b'{"orderbook_fp":%b}' % _book_json(self._find(request), depth))
 
     async def _orderbooks(self, request: web.Request) -> web.Response:
         tickers = [ticker for text in request.query.getall("tickers", []) for ticker in text.split(",")]
         if not 0 < len(tickers) <= 100:
-            raise Wrong(400, "bad_request", "between 1 and 100 tickers are required")
+            raise WrongRequestError(400, "bad_request", "between 1 and 100 tickers are required")
         markets = self.engine.world.markets
         books = [
             b'{"ticker":"%b","orderbook_fp":%b}' % (ticker.encode(), _book_json(markets[ticker], 0))
@@ -301,7 +301,7 @@ class Rest:
         limit = self._limit(request, 100, 1_000)
         position = self._position(request)
         if position is not None and not (isinstance(position, list) and len(position) == 2):
-            raise Wrong(400, "invalid_cursor", "invalid cursor")
+            raise WrongRequestError(400, "invalid_cursor", "invalid cursor")
         low, high = self._integer(request, "min_ts"), self._integer(request, "max_ts")
         cutoff_s = self._cutoff_s()
         if request.path == f"{PREFIX}/historical/trades":
@@ -325,7 +325,7 @@ class Rest:
         return _json(b'{"markets":[],"cursor":""}')
 
     async def _historical_market(self, request: web.Request) -> web.Response:
-        raise Wrong(404, "not_found", "market not found")
+        raise WrongRequestError(404, "not_found", "market not found")
 
     # -- events and series -----------------------------------------------------------------------------------------
 
@@ -386,7 +386,7 @@ class Rest:
     async def _event(self, request: web.Request) -> web.Response:
         event = self.engine.world.events.get(request.match_info["ticker"])
         if event is None:
-            raise Wrong(404, "not_found", "event not found")
+            raise WrongRequestError(404, "not_found", "event not found")
         if request.query.get("with_nested_markets") == "true":
             return _json(b'{"event":%b,"markets":[]}' % self._event_row(event, nested=True))
         markets = b"" if request.query.get("exclude_markets") == "true" else b",".join(m.row() for m in event.markets)
@@ -430,7 +430,7 @@ class Rest:
             if series.ticker == ticker:
                 row = self._series_row(series, volume=request.query.get("include_volume") == "true")
                 return _json(compact({"series": row}))
-        raise Wrong(404, "not_found", "series not found")
+        raise WrongRequestError(404, "not_found", "series not found")
 
     # -- the exchange ----------------------------------------------------------------------------------------------
 
@@ -530,7 +530,7 @@ class Rest:
         except ValueError:
             told = None
         if not isinstance(told, dict):
-            raise Wrong(400, "bad_request", "the body is not a JSON object")
+            raise WrongRequestError(400, "bad_request", "the body is not a JSON object")
         return told
 
     async def _sim_clock(self, request: web.Request) -> web.Response:
@@ -546,22 +546,22 @@ class Rest:
                 try:
                     when = datetime.fromisoformat(text)
                 except ValueError:
-                    raise Wrong(400, "bad_request", "set is not an RFC 3339 time") from None
+                    raise WrongRequestError(400, "bad_request", "set is not an RFC 3339 time") from None
                 when = when if when.tzinfo else when.replace(tzinfo=UTC)
                 offset_ns = round(when.timestamp() * 1_000_000) * 1_000 - real_ns
             case _:
-                raise Wrong(400, "bad_request", "one of offset_ns, advance_s, set is required")
+                raise WrongRequestError(400, "bad_request", "one of offset_ns, advance_s, set is required")
         engine.shift(offset_ns)
         return _json(compact({"offset_ns": offset_ns, "now_ns": engine.clock()}))
 
     async def _sim_keys(self, request: web.Request) -> web.Response:
         told = await self._told(request)
         if self.keys is None:
-            raise Wrong(409, "no_auth", "this exchange asks for no keys")
+            raise WrongRequestError(409, "no_auth", "this exchange asks for no keys")
         try:
             self.keys.register(str(told.get("key_id", "")), str(told.get("public_key_pem", "")).encode())
         except ConfigurationError as error:
-            raise Wrong(400, "bad_request", str(error)) from None
+            raise WrongRequestError(400, "bad_request", str(error)) from None
         return _json(b"{}")
 
     async def _sim_faults(self, request: web.Request) -> web.Response:
@@ -571,10 +571,10 @@ class Rest:
         try:
             order = msgspec.json.decode(await request.read(), type=Order)
         except msgspec.DecodeError as error:
-            raise Wrong(400, "bad_request", str(error)) from None
+            raise WrongRequestError(400, "bad_request", str(error)) from None
         number = self.engine.faults.inject(order)
         if not number:
-            raise Wrong(409, "no_connection", "there is no such connection")
+            raise WrongRequestError(409, "no_connection", "there is no such connection")
         return _json(compact({"number": number}))
 
     async def _sim_clear(self, request: web.Request) -> web.Response:
@@ -585,7 +585,7 @@ class Rest:
         told = await self._told(request)
         rate = told.get("rate")
         if not isinstance(rate, int | float) or rate < 0:
-            raise Wrong(400, "bad_request", "rate is a number of messages a second, 0 for full speed")
+            raise WrongRequestError(400, "bad_request", "rate is a number of messages a second, 0 for full speed")
         self.engine.rate = float(rate)
         return _json(compact({"rate": self.engine.rate}))
 

@@ -17,9 +17,11 @@ from typing import Any, Protocol
 import msgspec
 from picows import WSCloseCode, WSFrame, WSListener, WSMsgType, WSTransport
 
-from ssmd_dagster.clock import Clock
+from ssmd_dagster.simulator import indices
 from ssmd_dagster.simulator.faults import Faults, FrameFault, Queued
 from ssmd_dagster.simulator.frames import compact, ticker_body, wire
+from ssmd_dagster.simulator.playback import Recording
+from ssmd_dagster.simulator.shift import SimulatorClock
 from ssmd_dagster.simulator.truth import TYPE_CODE, TYPES, TruthLog
 from ssmd_dagster.simulator.world import Market, World
 
@@ -28,12 +30,9 @@ TICKER = "ticker"
 TRADE = "trade"
 LIFECYCLE = "market_lifecycle_v2"
 COMBO_LIFECYCLE = "multivariate_market_lifecycle"
-QUIET = frozenset(
-    ("fill", "market_positions", "user_orders", "order_group_updates", "communications",
-     "cfbenchmarks_value", "cfbenchmarks_value_5hz", "pyth_value")
-)  # fmt: skip
-"""Channels that can be subscribed and stay silent: nobody trades here, and no index is simulated."""
-CHANNELS = frozenset((BOOK, TICKER, TRADE, LIFECYCLE, COMBO_LIFECYCLE)) | QUIET
+QUIET = frozenset(("fill", "market_positions", "user_orders", "order_group_updates", "communications"))
+"""Private channels: they can be subscribed and stay silent, since nobody trades here."""
+CHANNELS = frozenset((BOOK, TICKER, TRADE, LIFECYCLE, COMBO_LIFECYCLE, *indices.CHANNELS)) | QUIET
 
 ERRORS = {
     1: "Unable to process message",
@@ -50,9 +49,11 @@ ERRORS = {
     13: "Unsupported action",
     14: "Market Ticker required",
     15: "Action required",
+    24: "Index IDs required",
     25: "Subscription buffer overflow",
     26: "Subscription market limit exceeded",
     27: "Too many requests",
+    28: "Underlying tickers required",
 }
 _HIGH_WATER_BYTES = 2 << 20
 _LOW_WATER_BYTES = 256 << 10
@@ -86,6 +87,7 @@ class Subscription:
         "markets",
         "marks",
         "missing",
+        "names",
         "out",
         "prefix",
         "seq",
@@ -106,6 +108,8 @@ class Subscription:
         self.alive = True
         self.markets: dict[Market, None] | None = {}
         self.missing: dict[str, None] = {}
+        self.names: dict[str, None] = {}
+        """Indices or underlyings of the channels that have such; `all` is one of them."""
         self.commands: deque[float] = deque()
         # The connection's own lists, one attribute nearer for the loop that fills them.
         self.out, self.keys, self.marks = connection.out, connection.keys, connection.marks
@@ -126,13 +130,17 @@ class Exchange(Protocol):
     """What a connection needs of the rest of the simulator."""
 
     world: World
-    clock: Clock
+    clock: SimulatorClock
     truth: TruthLog
     limits: Limits
     rng: random.Random
     connections: dict[int, Connection]
     everything: dict[str, list[Subscription]]
     faults: Faults
+    recording: Recording | None
+
+    def play(self, connection: Connection) -> None:
+        """Begin to play the recording to a connection."""
 
     def stamp(self) -> tuple[int, int]:
         """Return when something that happens now happened, and when it is sent, in ms; the first never goes down."""
@@ -141,7 +149,7 @@ class Exchange(Protocol):
         """Take note that a connection's socket takes data again, or is gone."""
 
 
-class Connection(WSListener):  # type: ignore[misc]
+class Connection(WSListener):
     """One client. Made at the handshake, counted from 1 over the whole life of the simulator's home."""
 
     def __init__(self, exchange: Exchange, number: int, remote: str) -> None:
@@ -163,6 +171,7 @@ class Connection(WSListener):  # type: ignore[misc]
         """Number of the fault that made a black hole: nothing is read, sent or answered."""
         self._swallowed: list[Queued] = []
         self._last_sid = 0
+        self._playing = False
         self._wanted: deque[tuple[Subscription, Market, int | None]] = deque()
         self._pumping = False
         self._transport: WSTransport | None = None
@@ -413,7 +422,7 @@ class Connection(WSListener):  # type: ignore[misc]
         """Carry out one command and answer it."""
         try:
             told = msgspec.json.decode(raw)
-        except (msgspec.DecodeError, UnicodeDecodeError):
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             told = None
         if not isinstance(told, dict):
             self._error(None, 1)
@@ -478,9 +487,19 @@ class Connection(WSListener):  # type: ignore[misc]
             if channel not in (BOOK, TICKER, TRADE) or not (tickers or ids):
                 sub.markets = None
                 self.exchange.everything[channel].append(sub)
+        if self.exchange.recording is not None:
+            if not self._playing:
+                self._playing = True
+                self.flush()
+                self.exchange.play(self)
+            return
         if not fresh and not self._may(command_id, sub, len(tickers) + len(ids)):
             return
-        if sub.markets is not None and channel in (BOOK, TICKER, TRADE):
+        if channel in indices.CHANNELS:
+            sub.names |= dict.fromkeys(_index_names(sub, params))
+            if not fresh:
+                self._acknowledge(command_id, sub)
+        elif sub.markets is not None and channel in (BOOK, TICKER, TRADE):
             added = self._add(sub, tickers, ids)
             if not fresh:
                 self._acknowledge(command_id, sub)
@@ -589,7 +608,9 @@ class Connection(WSListener):  # type: ignore[misc]
 
     def _acknowledge(self, command_id: int | None, sub: Subscription) -> None:
         msg: dict[str, Any] | None = None
-        if not sub.skip_ack and sub.markets is not None:
+        if sub.channel in indices.CHANNELS:
+            msg = {indices.PARAMETER[sub.channel]: ["all"] if "all" in sub.names else list(sub.names)}
+        elif not sub.skip_ack and sub.markets is not None:
             msg = {"market_tickers": [market.ticker for market in sub.markets] + list(sub.missing)}
         self._answer("ok", command_id, msg, sid=sub.sid, seq=sub.next_seq())
 
@@ -640,6 +661,8 @@ class Connection(WSListener):  # type: ignore[misc]
         names = _named_markets(params)
         if action is None:
             self._error(command_id, 15, sub=sub)
+        elif sub.channel in indices.CHANNELS:
+            self._update_indices(command_id, sub, action, params)
         elif (
             action not in ("add_markets", "delete_markets", "get_snapshot")
             or sub.channel not in (BOOK, TICKER, TRADE)
@@ -652,6 +675,26 @@ class Connection(WSListener):  # type: ignore[misc]
             self._error(command_id, 14, sub=sub)
         elif self._may(command_id, sub, len(names[0]) + len(names[1]) if action == "add_markets" else 0):
             self._change(command_id, sub, action, names, params)
+
+    def _update_indices(self, command_id: int | None, sub: Subscription, action: Any, params: dict[str, Any]) -> None:
+        channel = sub.channel
+        if action == indices.LIST[channel]:
+            seq = sub.next_seq()
+            listed = {indices.PARAMETER[channel]: sorted(indices.NAMES[channel])}
+            self._answer(indices.LIST_TYPE[channel], command_id, listed, sid=sub.sid, seq=seq)
+            return
+        if action not in (indices.ADD[channel], indices.REMOVE[channel]):
+            self._error(command_id, 13, sub=sub)
+            return
+        names = _index_names(sub, params)
+        if not names:
+            self._error(command_id, indices.MISSING[channel], sub=sub)
+            return
+        if action == indices.ADD[channel]:
+            sub.names |= dict.fromkeys(names)
+        else:
+            sub.names = {name: None for name in sub.names if name not in names and "all" not in names}
+        self._acknowledge(command_id, sub)
 
     def _change(
         self, command_id: int | None, sub: Subscription, action: str, names: tuple[list[str], list[str]], params: Any
@@ -678,6 +721,11 @@ class Connection(WSListener):  # type: ignore[misc]
                 del sub.markets[market]
                 self._forget(sub, market)
         self._acknowledge(command_id, sub)
+
+
+def _index_names(sub: Subscription, params: dict[str, Any]) -> list[str]:
+    names = params.get(indices.PARAMETER[sub.channel])
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
 
 
 def _named_markets(params: dict[str, Any]) -> tuple[list[str], list[str]] | None:

@@ -24,6 +24,7 @@ class SimulatorClock:
             self.shift_to(0)
 
     def __call__(self) -> int:
+        """Return the exchange's time."""
         return time.time_ns() + self.offset_ns
 
     def shift_to(self, offset_ns: int) -> None:

@@ -43,19 +43,18 @@ TAPERED = Grid("tapered_deci_cent", ((0, 1_000, 10), (1_000, 9_000, 100), (9_000
 
 
 class Print(NamedTuple):
-    """One trade of a tape: the price on the yes scale, the count, and which outcome the taker bought."""
+    """One trade of a tape: the price on the yes scale, the size (1e-2 contract), and which outcome the taker bought."""
 
     yes_price: int
-    count: int
+    size: int
     taker_yes: bool
-
 
     def fields(self) -> str:
         """Return the prices, count and sides as they stand in JSON, on the WebSocket and over REST alike."""
         outcome, book = ("yes", "bid") if self.taker_yes else ("no", "ask")
         return (
             f'"yes_price_dollars":"{dollars(self.yes_price)}","no_price_dollars":"{dollars(ONE_DOLLAR - self.yes_price)}"'
-            f',"count_fp":"{contracts(self.count)}","taker_side":"{outcome}","taker_outcome_side":"{outcome}"'
+            f',"count_fp":"{contracts(self.size)}","taker_side":"{outcome}","taker_outcome_side":"{outcome}"'
             f',"taker_book_side":"{book}","is_block_trade":false'
         )
 

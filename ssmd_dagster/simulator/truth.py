@@ -49,6 +49,12 @@ TYPES = (
     "unknown",
     "malformed",
     "played",
+    "cfbenchmarks_value",
+    "cfbenchmarks_value_5hz",
+    "pyth_value",
+    "cfbenchmarks_value_indexlist",
+    "cfbenchmarks_value_5hz_indexlist",
+    "pyth_value_underlying_list",
 )
 TYPE_CODE = {name: code for code, name in enumerate(TYPES)}
 

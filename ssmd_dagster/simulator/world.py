@@ -32,12 +32,17 @@ class Happening(IntEnum):
 
     CREATED = 0
     OPENED = 1
-    DATE_UPDATED = 2
-    CLOSED = 3
-    EMPTIED = 4
-    DETERMINED = 5
-    SETTLED = 6
-    DROPPED = 7
+    RENAMED = 2
+    FEE_SET = 3
+    FEE_CLEARED = 4
+    DEACTIVATED = 5
+    ACTIVATED = 6
+    DATE_UPDATED = 7
+    CLOSED = 8
+    EMPTIED = 9
+    DETERMINED = 10
+    SETTLED = 11
+    DROPPED = 12
 
 
 STATUS_OF_FILTER = {"unopened": "initialized", "open": "active", "paused": "inactive", "settled": "finalized"}
@@ -114,7 +119,9 @@ class Market:
         "volume_base",
     )
 
-    def __init__(self, seed: int, boot: int, index: int, number: int, event: Event, plan: MarketPlan, tapes: list[Tape]):
+    def __init__(
+        self, seed: int, boot: int, index: int, number: int, event: Event, plan: MarketPlan, tapes: list[Tape]
+    ):
         self.index = index
         self.number = number
         self.event = event
@@ -322,10 +329,20 @@ class Change(NamedTuple):
 class World:
     """All markets of one simulated exchange."""
 
-    def __init__(self, seed: int, markets: int, boot: int, now_ns: int, *, series: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        seed: int,
+        markets: int,
+        boot: int,
+        now_ns: int,
+        *,
+        series: tuple[str, ...] = (),
+        played: tuple[str, ...] = (),
+    ) -> None:
         self.seed = seed
         self.boot = boot
-        self.allotted = catalog.allot(markets, series)
+        self.allotted = {} if played else catalog.allot(markets, series)
+        self._played = catalog.plan_played(played)
         self._tapes = make_tapes(seed)
         self.events: dict[str, Event] = {}
         self.markets: dict[str, Market] = {}
@@ -407,7 +424,7 @@ class World:
         self.markets.clear()
         self.by_index.clear()
         self.by_id.clear()
-        for series in self.allotted:
+        for series in [] if self._played else self.allotted:
             index = catalog.index_at(series, self.now_s)
             while catalog.created_s(series, index) <= self.now_s:
                 index += 1
@@ -418,7 +435,29 @@ class World:
             for listed in range(first + 1, index):
                 for event in self._list(series, listed, kept):
                     self._catch_up(event)
+        for plan, market_plans in self._played:
+            event = Event(plan)
+            for number, market_plan in enumerate(market_plans):
+                market = kept.get(market_plan.ticker) or self._new_market(number, event, market_plan)
+                market.event, market.status = event, "active"
+                self._enter(market)
+            self.allotted[plan.series] = len(market_plans)
+            self.events[event.ticker] = event
         self.version += 1
+
+    def _new_market(self, number: int, event: Event, plan: MarketPlan) -> Market:
+        tapes = self._tapes[event.plan.series.grid.name]
+        market = Market(self.seed, self.boot, self._next_index, number, event, plan, tapes)
+        self.names[self._next_index] = plan.ticker
+        self._next_index += 1
+        return market
+
+    def _enter(self, market: Market) -> None:
+        market.event.markets.append(market)
+        self._ordered = False
+        self.markets[market.ticker] = market
+        self.by_index[market.index] = market
+        self.by_id[market.market_id] = market
 
     def _lasts(self, series: Series, index: int) -> bool:
         """True if an index has events that are still to close or have closed within the last two hours."""
@@ -431,16 +470,13 @@ class World:
 
     def _list(self, series: Series, index: int, kept: dict[str, Market] | None = None) -> list[Event]:
         an_event = self.allotted[series]
-        tapes = self._tapes[series.grid.name]
         events = []
         for plan in catalog.plan_events(series, index, an_event, self.seed):
             event = Event(plan)
             for number, market_plan in enumerate(catalog.plan_markets(plan, an_event, self.seed)):
                 market = kept.get(market_plan.ticker) if kept else None
                 if market is None:
-                    market = Market(self.seed, self.boot, self._next_index, number, event, market_plan, tapes)
-                    self.names[self._next_index] = market_plan.ticker
-                    self._next_index += 1
+                    market = self._new_market(number, event, market_plan)
                 else:
                     market.event = event
                     if market.closing_clock:
@@ -449,11 +485,7 @@ class World:
                     market.status, market.close_s, market.result = "initialized", plan.close_s, ""
                     market.settled_s = market.determined_s = 0
                     market.row_parts = None
-                event.markets.append(market)
-                self._ordered = False
-                self.markets[market.ticker] = market
-                self.by_index[market.index] = market
-                self.by_id[market.market_id] = market
+                self._enter(market)
             self.events[event.ticker] = event
             events.append(event)
         return events
@@ -466,8 +498,14 @@ class World:
         settled_s = determined_s + min(1_800, int(rng.lognormvariate(5.88, 0.6)))
         steps = [(plan.open_s, Happening.OPENED), (plan.ends_s, Happening.CLOSED), (determined_s, Happening.DETERMINED),
                  (settled_s, Happening.SETTLED), (settled_s + KEPT_AFTER_SETTLEMENT_S, Happening.DROPPED)]  # fmt: skip
-        if plan.ends_s < plan.close_s:
-            steps.append((plan.ends_s, Happening.DATE_UPDATED))
+        if plan.series.rhythm is catalog.Rhythm.QUARTER:
+            # The strike of a 15-minute market is known only when it opens.
+            steps.append((plan.open_s, Happening.RENAMED))
+        if plan.series.rhythm is catalog.Rhythm.GAME:
+            interrupted_s = plan.ends_s - rng.randint(600, 6_000)
+            steps += [(plan.ends_s, Happening.DATE_UPDATED), (interrupted_s, Happening.DEACTIVATED),
+                      (interrupted_s + rng.randint(30, 180), Happening.ACTIVATED),
+                      (plan.ends_s - 9_000, Happening.FEE_SET), (plan.ends_s, Happening.FEE_CLEARED)]  # fmt: skip
         return sorted(steps)
 
     def _push(self, at_s: int, what: Happening, event: Event, market: Market | None) -> None:
@@ -482,7 +520,7 @@ class World:
             else:
                 self._happen(what, event, None, at_s, silent=True)
         for market in event.markets:
-            if market.status == "active":
+            if market.status in ("active", "inactive"):
                 market.built = True
 
     def _happen(
@@ -498,10 +536,18 @@ class World:
                 self.by_id.pop(dropped.market_id, None)
             self.events.pop(event.ticker, None)
             return [Change(what, event, None, at_s)]
+        if what in (Happening.FEE_SET, Happening.FEE_CLEARED):
+            return [Change(what, event, None, at_s)]
         for each in [market] if market else event.markets:
             if what is Happening.OPENED:
                 each.status = "active"
                 each.updated_s = at_s
+            elif what is Happening.RENAMED:
+                each.updated_s = at_s
+            elif what is Happening.DEACTIVATED:
+                each.status, each.updated_s = "inactive", at_s
+            elif what is Happening.ACTIVATED:
+                each.status, each.updated_s = "active", at_s
             elif what is Happening.DATE_UPDATED:
                 each.close_s = at_s
                 each.updated_s = at_s
@@ -521,6 +567,6 @@ class World:
                 each.status, each.settled_s, each.updated_s = "finalized", at_s, at_s
             each.row_parts = None
             changes.append(Change(what, event, each, at_s))
-        if what in (Happening.OPENED, Happening.CLOSED):
+        if what in (Happening.OPENED, Happening.DEACTIVATED, Happening.ACTIVATED, Happening.CLOSED):
             self.version += 1
         return changes

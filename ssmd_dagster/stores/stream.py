@@ -92,8 +92,8 @@ class RawStream:
 
     def subject(self, date: str = "*", channel: str = "*", conn: str = "*") -> str:
         """Return the subject of a day's, channel's or connection's batches; `*` stands for all."""
-        tokens = (token if token == "*" else encode_token(token) for token in (date, channel, conn))
-        return ".".join((self._prefix, *tokens))
+        parts = (part if part == "*" else encode_token(part) for part in (date, channel, conn))
+        return ".".join((self._prefix, *parts))
 
     async def publish(
         self, data: bytes, *, date: str, channel: str, conn: str, batch: int, records: int, repair_round: int = 0

@@ -130,6 +130,15 @@ class Attempt:
         finally:
             await self.close()
 
+    async def abandon(self) -> None:
+        """Fail between two steps, where nobody will do the next one; nothing happens where the day was not taken."""
+        if self._day is None or self.already:
+            return
+        following = self.verb.steps[min(len(self._done), len(self.verb.steps) - 1)]
+        error = SsmdError(f"interrupted before {following.name}")
+        self.tell("failed", following.name, following.title, str(error))
+        await self._fail(following.name, error)
+
     async def close(self) -> None:
         """Give the lease back."""
         if self._lease is not None:
@@ -165,9 +174,20 @@ class Attempt:
             await asyncio.shield(asyncio.ensure_future(self._fail(step, cause)))
             raise
 
+    async def _was_taken_over(self) -> bool:
+        """Say whether the journal knows of a later epoch; one that cannot be read knows of none."""
+        try:
+            day = await self.desk.book.day(self.date)
+        except UnreachableError:
+            return False
+        return day is None or day.epoch != self.day.epoch
+
     async def _fail(self, step: str, error: SsmdError) -> None:
         try:
             async with asyncio.timeout(CLEAN_UP_TIMEOUT_S):
+                if await self._was_taken_over():
+                    _log.warning("another attempt has %s, so nothing of it is stopped", self.desk.where(self.date))
+                    return
                 with _logged(f"not everything that this {self.verb.name} started is stopped"):
                     await self.verb.clean_up(self)
                 data = Failed(step=step, error=str(error), exit_code=int(error.exit_code), transient=error.transient)

@@ -27,7 +27,6 @@ HEALTH_TIMEOUT_S = 30.0
 QUIET_AFTER_S = 10.0
 """How long the health check waits for a first data frame before it asks whether the exchange is closed."""
 POLL_S = 0.1
-RAW_STREAM_MAX_BYTES = 16 << 30
 
 
 async def may_start(attempt: Attempt) -> bool:
@@ -72,7 +71,7 @@ async def may_start(attempt: Attempt) -> bool:
 async def create_streams(desk: Desk) -> None:
     """Make sure that the environment's streams exist; one with other settings is refused."""
     await desk.stores.journal.create()
-    await desk.stores.raw_stream.create(RAW_STREAM_MAX_BYTES)
+    await desk.stores.raw_stream.create(desk.setting.env.capture.stream_limit_mb << 20)
     await desk.stores.secmaster.create()
 
 
@@ -123,9 +122,12 @@ async def start_connector(attempt: Attempt) -> str:
     group = day_group(desk.env, date)
     await desk.supervisor.ensure_group(group, day_programs(desk.setting, date))
     names = connector_names(desk.setting.env)
-    for name in names:
+    await desk.supervisor.ensure_group(desk.env, [gateway_program(desk.setting)])
+    for name in (*names, ARCHIVER):
         await desk.stores.cache.remove_heartbeat(date, name)
         await desk.supervisor.start(group, name)
+    # All come up side by side; each step waits for its own.
+    await desk.supervisor.start(desk.env, GATEWAY)
     markets = 0
     for name in names:
         beat = await wait_for_heartbeat(desk, date, name, lambda beat: beat["state"] == "subscribed")
@@ -138,7 +140,6 @@ async def start_archiver(attempt: Attempt) -> str:
     desk, date = attempt.desk, attempt.date
     group = day_group(desk.env, date)
     await desk.supervisor.ensure_group(group, day_programs(desk.setting, date))
-    await desk.stores.cache.remove_heartbeat(date, ARCHIVER)
     await desk.supervisor.start(group, ARCHIVER)
     await wait_for_heartbeat(desk, date, ARCHIVER, lambda beat: beat["state"] == "archiving")
     return ""

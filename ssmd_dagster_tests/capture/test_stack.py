@@ -10,9 +10,9 @@ import sys
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import aiohttp
-import nats
 import psutil
 import pytest
 
@@ -46,7 +46,7 @@ defs = dg.Definitions(jobs=[throw_away])
 @pytest.fixture
 async def home(tmp_path: Path) -> AsyncIterator[Path]:
     """A private home with an odd name, in which nothing runs when the test is over."""
-    home = tmp_path / "it's a \"home\""
+    home = tmp_path / 'it\'s a "home"'
     home.mkdir(mode=0o700)
     yield home
     await supervisord.end_supervisor(home)
@@ -73,7 +73,7 @@ async def test_everything_is_ready_when_up_returns(home: Path, environment: Envi
     async with connect(environment, home, secrets) as stores:
         await stores.journal.create()
         assert await stores.journal.read() == []
-        assert await stores.redis.config_get("appendfsync") == {b"appendfsync": b"everysec"}
+        assert await stores.redis.config_get("appendfsync") == {"appendfsync": "everysec"}
     assert Path(environment.secret("kalshi", "private_key_path", secrets)).read_text().startswith("-----BEGIN")
     assert environment.secret("kalshi", "key_id", secrets)
     for path in (home / "nats" / "nats.conf", home / "cache" / "cache.conf", home / "secrets.env", home / "stack.json"):
@@ -92,8 +92,10 @@ async def test_everything_is_ready_when_up_returns(home: Path, environment: Envi
 async def test_the_servers_want_credentials(home: Path, environment: Environment) -> None:
     """Another user of this machine gets into neither server."""
     result = await stack.up([servers_only(environment)], home, EXCHANGES, dagster=False)
-    with pytest.raises(nats.errors.Error):
-        await nats.connect(result.stack.nats, allow_reconnect=False, max_reconnect_attempts=0)
+    reader, writer = await asyncio.open_connection("127.0.0.1", result.stack.ports["nats"])
+    assert b'"auth_required":true' in await asyncio.wait_for(reader.readline(), 5)
+    writer.close()
+    await writer.wait_closed()
     assert not await embedded.cache_is_ready(result.stack.ports["cache"], {embedded.CACHE_PASSWORD: "guess"})
     for value in (load_secrets(home)[embedded.NATS_PASSWORD], load_secrets(home)[embedded.CACHE_PASSWORD]):
         assert value not in (home / "stack.json").read_text()
@@ -245,6 +247,20 @@ async def test_down_stops_writers_before_those_they_write_to(home: Path, environ
     assert down.ended == ()
 
 
+async def test_the_watch_sees_processes_and_days(home: Path, environment: Environment) -> None:
+    """What the live screen shows: every process, and each environment's current day once there is one."""
+    environment = servers_only(environment)
+    await stack.up([environment], home, EXCHANGES, dagster=False)
+    async with connect(environment, home, load_secrets(home)) as stores, stack.Watch([environment], home) as watch:
+        assert [process.name for process in await watch.processes()] == ["cache", "nats"]
+        await stores.redis.set("kalshi-sim:day:current", "2025-12-14")
+        await stores.redis.set("kalshi-sim:day:2025-12-14:state", "ACTIVE")
+        deadline = time.monotonic() + 10
+        while watch.days.get("kalshi-sim") != stack.DayNow(date="2025-12-14", state="ACTIVE"):
+            assert time.monotonic() < deadline, watch.days
+            await asyncio.sleep(0.05)
+
+
 async def test_dagster_comes_up_and_runs_a_job_from_its_queue(
     home: Path, environment: Environment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -258,14 +274,14 @@ async def test_dagster_comes_up_and_runs_a_job_from_its_queue(
         __typename ... on LaunchRunSuccess { run { runId } } ... on PythonError { message } } }"""
     async with aiohttp.ClientSession() as session:
 
-        async def ask(query: str) -> dict[str, dict[str, str]]:
+        async def ask(query: str) -> dict[str, Any]:
             async with session.post(f"{result.stack.dagster}/graphql", json={"query": query}) as response:
                 answer = await response.json()
                 return dict(answer["data"])
 
         launched = (await ask(launch))["launchRun"]
         assert launched["__typename"] == "LaunchRunSuccess", launched
-        run_id = dict(launched["run"])["runId"]  # type: ignore[arg-type]
+        run_id = launched["run"]["runId"]
         query = f'{{ runOrError(runId: "{run_id}") {{ ... on Run {{ status }} }} }}'
         deadline = time.monotonic() + 90
         while (status := (await ask(query))["runOrError"]["status"]) != "SUCCESS":

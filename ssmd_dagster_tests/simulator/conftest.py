@@ -58,7 +58,9 @@ class Client:
             self.raw.append(raw)
             try:
                 frame = json.loads(raw)
-            except ValueError:
+            except (ValueError, RecursionError):
+                frame = None
+            if not isinstance(frame, dict) or not isinstance(frame.get("type"), str):
                 frame = {"type": "malformed"}
             self.frames.append(frame)
             if "id" in frame:
@@ -134,7 +136,7 @@ class Running:
         self.clients.append(client)
         return client
 
-    async def get(self, path: str, *, expect: int = 200, headers: dict[str, str] | None = None, **params: Any) -> Any:
+    async def get(self, path: str, /, *, expect: int = 200, headers: dict[str, str] | None = None, **params: Any) -> Any:
         """GET from REST (paths below `/trade-api/v2`) or from the control surface (`/sim/…`)."""
         base = f"http://127.0.0.1:{self.simulator.rest_port}"
         url = base + path if path.startswith("/sim") else f"{base}/trade-api/v2{path}"
@@ -142,7 +144,7 @@ class Running:
             assert response.status == expect, (await response.text())[:300]
             return json.loads(await response.read())
 
-    async def post(self, path: str, *, expect: int = 200, **body: Any) -> Any:
+    async def post(self, path: str, /, *, expect: int = 200, **body: Any) -> Any:
         """POST to the control surface."""
         async with self.http.post(f"http://127.0.0.1:{self.simulator.rest_port}{path}", json=body) as response:
             assert response.status == expect, (await response.text())[:300]
@@ -170,7 +172,8 @@ async def running(home: Path, **settings: Any) -> AsyncIterator[Running]:
         yield here
     finally:
         assert simulator.running is not None
-        crash = simulator.running.exception() if simulator.running.done() and not simulator.running.cancelled() else None
+        task = simulator.running
+        crash = task.exception() if task.done() and not task.cancelled() else None
         await simulator.stop()
         for client in here.clients:
             await client.close()

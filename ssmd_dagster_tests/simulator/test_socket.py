@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ class Books:
         ticker = msg["market_ticker"]
         if frame["type"] == "orderbook_snapshot":
             assert msg["clock"] >= self.clocks.get(ticker, 0)
-            levels = {}
+            levels: dict[tuple[str, str], int] = {}
             for side in ("yes", "no"):
                 rows = msg.get(f"{side}_dollars_fp")
                 assert rows != [], "an empty side is absent"
@@ -74,6 +75,11 @@ def check_sequences(frames: list[dict[str, Any]]) -> None:
         if "seq" in frame:
             assert frame["seq"] == last.get(frame["sid"], 0) + 1, frame
             last[frame["sid"]] = frame["seq"]
+
+
+def has_deltas(client: Client, count: int) -> bool:
+    """Return True once a client has more than some deltas."""
+    return len(client.of("orderbook_delta")) > count
 
 
 async def drain(client: Client) -> None:
@@ -277,7 +283,8 @@ async def test_wrong_updates_are_scoped_and_take_a_seq(exchange: Running) -> Non
         assert answer["sid"] == sid
     (sid,) = await client.subscribe("trade", market_ticker="A-B")
     codes = []
-    for params in ({}, {"action": "get_snapshot"}, {"action": "add_markets"}, {"action": "add_markets", "market_id": "x"}):
+    add = {"action": "add_markets"}
+    for params in ({}, {"action": "get_snapshot"}, add, {**add, "market_id": "x"}):
         answer = await client.answer(await client.send("update_subscription", sid=sid, **params))
         codes.append(answer["msg"]["code"])
     assert codes == [15, 13, 14, 11]
@@ -290,7 +297,7 @@ async def test_clocks_are_equal_on_every_connection(exchange: Running) -> None:
     first, second = await exchange.connect(), await exchange.connect()
     for client in (first, second):
         await client.subscribe("orderbook_delta", market_ticker=ticker, use_yes_price=client is second)
-        await client.wait(lambda client=client: len(client.of("orderbook_delta")) > 30)
+        await client.wait(partial(has_deltas, client, 30))
     await exchange.simulator.stop_moving()
     await asyncio.sleep(0.05)
     from_clock = second.of("orderbook_snapshot")[0]["msg"]["clock"]
@@ -330,9 +337,10 @@ async def test_pings_say_heartbeat_and_a_missing_pong_drops_the_connection(tmp_p
         message = await socket.receive(timeout=DEADLINE_S)
         assert message.type is aiohttp.WSMsgType.PING
         assert bytes(message.data) == b"heartbeat"
-        while message.type is aiohttp.WSMsgType.PING:
-            message = await socket.receive(timeout=DEADLINE_S)
-        assert message.type in (aiohttp.WSMsgType.CLOSED, aiohttp.WSMsgType.ERROR, aiohttp.WSMsgType.CLOSE)
+        kinds: list[aiohttp.WSMsgType] = [message.type]
+        while kinds[-1] is aiohttp.WSMsgType.PING:
+            kinds.append((await socket.receive(timeout=DEADLINE_S)).type)
+        assert kinds[-1] in (aiohttp.WSMsgType.CLOSED, aiohttp.WSMsgType.ERROR, aiohttp.WSMsgType.CLOSE)
         assert not good.ended
         await socket.close()
 

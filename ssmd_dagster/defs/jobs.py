@@ -1,0 +1,89 @@
+"""The jobs of an environment: start, end and roll one trading day. The graphs are written once, for all environments.
+
+The partition of a roll is the day that it ends. Its two halves do not depend on each other: the new day is to be
+recorded even if the old one cannot be ended, and then the run fails with the half that failed, which alone a
+re-execution from failure repeats. The end comes first because its ops have the higher priority; that holds in the
+in-process executor, in which every job runs.
+
+A simulated environment's day is that of its exchange's clock, the partition that of the host's: see `partitions`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import dagster as dg
+
+from ssmd_dagster.defs import ops
+from ssmd_dagster.defs.partitions import trading_days
+from ssmd_dagster.defs.resources import DayDesk
+from ssmd_dagster.environments.models import Environment
+
+START_TIMEOUT_S = 15 * 60
+END_TIMEOUT_S = 12 * 3600
+"""`dagster/max_runtime`: an end or a roll waits for an archiver with a backlog and reads the whole day back."""
+
+
+@dg.graph(description="Bring up what records a trading day, step by step.")
+def start_day() -> None:
+    """Put the steps of a start in order."""
+    ops.health(ops.gateway(ops.archive(ops.capture(ops.sync(ops.take_day())))))
+
+
+@dg.graph(description="Let the recording of a trading day finish, and prove its archive.")
+def end_day() -> None:
+    """Put the steps of an end in order."""
+    ops.complete(ops.verify(ops.stop_capture(ops.flush(ops.drain()))))
+
+
+@dg.graph(description="End the partition's day, then start the next one.")
+def roll_day() -> None:
+    """Put both halves side by side."""
+    end_day()
+    start_day()
+
+
+def jobs_of(environment: Environment, resource_overrides: Mapping[str, Any]) -> dict[str, dg.JobDefinition]:
+    """Return the jobs of an environment by verb: `start`, `end` and `roll`."""
+    name, days = environment.name, trading_days(environment)
+    simulated = environment.simulator is not None
+    clock = " Days follow the simulated exchange's clock, partitions the host's." if simulated else ""
+
+    def job(graph: dg.GraphDefinition, description: str, timeout_s: int, *, rolls: bool = False) -> dg.JobDefinition:
+        return graph.to_job(
+            name=f"{environment.slug}_{graph.name}",
+            description=f"{description}{clock}",
+            partitions_def=days,
+            resource_defs={"desk": DayDesk(environment=name, rolls=rolls), **resource_overrides},
+            executor_def=dg.in_process_executor,
+            tags={
+                "ssmd/environment": name,
+                "ssmd/lane": f"{name}/live",
+                "dagster/max_runtime": str(timeout_s),
+            },
+        )
+
+    return {
+        "start": job(
+            start_day,
+            f"Starts the trading day of the partition in {name}: security master, connector, archiver, gateway, health "
+            "check, ACTIVE. Only a day whose window is open can be started; one that is ACTIVE already is a success. "
+            f"The same as `ssmd day start {name}`.",
+            START_TIMEOUT_S,
+        ),
+        "end": job(
+            end_day,
+            f"Ends the trading day of the partition in {name}: drain, flush, stop, verify everything in the store, "
+            "COMPLETE with ledger and condition. A day that is COMPLETE already is a success, a failed end goes on "
+            f"with the same job. The same as `ssmd day end {name}`.",
+            END_TIMEOUT_S,
+        ),
+        "roll": job(
+            roll_day,
+            f"Rolls {name} from the trading day of the partition, which it ends, to the next one, which it starts; if "
+            f"that one is ACTIVE already, it stays so. The same as `ssmd day roll {name}`.",
+            END_TIMEOUT_S,
+            rolls=True,
+        ),
+    }

@@ -1,0 +1,212 @@
+"""What a run works with: one desk in an event loop of its own, and the attempts at the days that it has taken.
+
+The workflows are asynchronous and keep connections and a lease alive between the ops of a run, so the loop runs in a
+thread from the run's first op to its end, and an op hands it one step at a time. Not here: what a step does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import logging
+import threading
+from collections.abc import Callable, Coroutine, Iterator
+from queue import SimpleQueue
+from typing import Any, Literal, TypeVar
+
+import dagster as dg
+from pydantic import Field, PrivateAttr
+
+from ssmd_dagster.capture.setting import load_setting
+from ssmd_dagster.day.calendar import parse_date
+from ssmd_dagster.errors import SsmdError, UsageError
+from ssmd_dagster.workflows.attempt import CLEAN_UP_TIMEOUT_S, Attempt
+from ssmd_dagster.workflows.desk import Desk, Progress, Report, open_desk
+from ssmd_dagster.workflows.end import END
+from ssmd_dagster.workflows.roll import dates_to_roll, ending_of, starting_of
+from ssmd_dagster.workflows.start import START
+
+INTERRUPT_TIMEOUT_S = CLEAN_UP_TIMEOUT_S + 15.0
+"""How long a cancelled run waits for its step to tidy up and to journal its failure."""
+THREAD_TIMEOUT_S = 5.0
+
+VerbName = Literal["start", "end"]
+
+_T = TypeVar("_T")
+_log = logging.getLogger(__name__)
+
+
+class Background:
+    """An event loop in a thread: `run` hands it one piece of work and shows the progress that `report` was told."""
+
+    def __init__(self, name: str) -> None:
+        self._loop = asyncio.new_event_loop()
+        # A daemon, so that work that cannot be cancelled never keeps a run's process from ending.
+        self._thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
+        self._thread.start()
+        self._task: asyncio.Task[Any] | None = None
+        self._news: SimpleQueue[Progress | None] = SimpleQueue()
+
+    def report(self, progress: Progress) -> None:
+        """Pass progress from the loop on to whoever waits in `run`."""
+        self._news.put(progress)
+
+    def run(self, work: Coroutine[Any, Any, _T], show: Report) -> _T:
+        """Do the work and return its result; `show` is called in this thread.
+
+        Where this thread is interrupted (a cancelled run), the work is cancelled and may take `INTERRUPT_TIMEOUT_S`.
+        """
+        news = self._news = SimpleQueue()
+
+        async def kept() -> _T:
+            self._task = asyncio.current_task()
+            return await work
+
+        future = asyncio.run_coroutine_threadsafe(kept(), self._loop)
+        future.add_done_callback(lambda _: news.put(None))
+        try:
+            while (progress := news.get()) is not None:
+                show(progress)
+        finally:
+            if not future.done():
+                self._loop.call_soon_threadsafe(self._cancel)
+                concurrent.futures.wait([future], INTERRUPT_TIMEOUT_S)
+                while not news.empty() and (progress := news.get()) is not None:
+                    show(progress)
+        return future.result()
+
+    def close(self) -> None:
+        """Stop the loop and its thread."""
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(THREAD_TIMEOUT_S)
+        if self._thread.is_alive():
+            _log.warning("the event loop of this run did not stop within %g s", THREAD_TIMEOUT_S)
+        else:
+            self._loop.close()
+
+    def _cancel(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+
+
+class DaySession:
+    """One run at work: its desk, opened by the first step that needs it, and its attempts by verb."""
+
+    def __init__(self, environment: str, run_id: str, *, rolls: bool) -> None:
+        self._environment = environment
+        self._actor = f"dagster:{run_id}"
+        self._rolls = rolls
+        self._background = Background(f"desk-{run_id[:8]}")
+        self._stack = contextlib.AsyncExitStack()
+        self._desk: Desk | None = None
+        self._attempts: dict[VerbName, Attempt] = {}
+
+    def begin(self, verb: VerbName, partition: str | None, show: Report) -> Attempt:
+        """Take the day for `verb`; raises `SsmdError`."""
+        return self._background.run(self._do(verb, partition, lambda attempt: attempt.begin(), ends=False), show)
+
+    def step(self, verb: VerbName, partition: str | None, step: str, show: Report) -> Attempt:
+        """Do one step of `verb`, taking the day first where this run has not; raises `SsmdError`."""
+        return self._background.run(self._do(verb, partition, lambda attempt: attempt.step(step), ends=False), show)
+
+    def last_step(self, verb: VerbName, partition: str | None, step: str, show: Report) -> Attempt:
+        """Do the last step of `verb`, say in the journal that it is done, give the lease back; raises `SsmdError`."""
+
+        async def finish(attempt: Attempt) -> None:
+            await attempt.step(step)
+            await attempt.finish()
+
+        return self._background.run(self._do(verb, partition, finish, ends=True), show)
+
+    def close(self, show: Report) -> None:
+        """Fail what this run has taken and not finished, give its leases back and disconnect."""
+        try:
+            self._background.run(self._close(), show)
+        finally:
+            self._background.close()
+
+    async def _do(
+        self,
+        verb: VerbName,
+        partition: str | None,
+        work: Callable[[Attempt], Coroutine[Any, Any, Any]],
+        *,
+        ends: bool,
+    ) -> Attempt:
+        attempt = self._attempts.get(verb)
+        if attempt is None:
+            attempt = self._attempts[verb] = await self._new_attempt(verb, partition)
+        try:
+            await work(attempt)
+        except (SsmdError, asyncio.CancelledError):  # as an attempt fails: it is journaled
+            await self._settle(verb)
+            raise
+        if ends:
+            await self._settle(verb)
+        return attempt
+
+    async def _settle(self, verb: VerbName) -> None:
+        """Let go of an attempt that is over, done or failed."""
+        await self._attempts.pop(verb).close()
+
+    async def _new_attempt(self, verb: VerbName, partition: str | None) -> Attempt:
+        if partition is None:
+            raise UsageError(
+                "this run names no trading day", where=self._environment, do="Launch the job for one of its partitions"
+            )
+        parsed = parse_date(partition)
+        if self._desk is None:
+            setting = load_setting(self._environment)
+            self._desk = await self._stack.enter_async_context(
+                open_desk(setting, self._actor, self._background.report)
+            )
+        desk = self._desk
+        desk.calendar.check(parsed, desk.setting.clock())
+        if self._rolls:
+            ending, starting = await dates_to_roll(desk, partition)
+            return ending_of(desk, ending) if verb == END.name else starting_of(desk, starting)
+        return Attempt(desk, partition, END if verb == END.name else START)
+
+    async def _close(self) -> None:
+        try:
+            async with asyncio.timeout(INTERRUPT_TIMEOUT_S), self._stack:
+                while self._attempts:
+                    verb, attempt = next(iter(self._attempts.items()))
+                    try:
+                        await attempt.abandon()
+                    finally:
+                        await self._settle(verb)
+        except TimeoutError:
+            # The run's own outcome is what counts; the day is taken over once the lease has run out.
+            _log.warning("letting go of %s took longer than %g s", self._environment, INTERRUPT_TIMEOUT_S)
+
+
+class DayDesk(dg.ConfigurableResource):  # type: ignore[type-arg] # it is its own value
+    """The desk of one environment for one run. It connects with the run's first step, not before."""
+
+    environment: str = Field(description="The environment, by its name in exchanges/environments.")
+    rolls: bool = Field(default=False, description="The partition's day is ended and the next one started.")
+
+    _session: DaySession | None = PrivateAttr(default=None)
+
+    @property
+    def session(self) -> DaySession:
+        """Return the run's session."""
+        assert self._session is not None, "the resource lives as long as a run"
+        return self._session
+
+    @contextlib.contextmanager
+    def yield_for_execution(self, context: dg.InitResourceContext) -> Iterator[DayDesk]:
+        """Open the session of a run and close it, also where the run fails or is cancelled."""
+        assert context.run is not None, "a run has an id"
+        self._session = DaySession(self.environment, context.run.run_id, rolls=self.rolls)
+        try:
+            yield self
+        finally:
+            self._session.close(_log_abandoned)
+            self._session = None
+
+
+def _log_abandoned(progress: Progress) -> None:
+    _log.error("%s %s: %s", progress.date, progress.title, progress.detail)
