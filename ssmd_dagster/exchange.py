@@ -19,6 +19,9 @@ OTHER = "other"
 """Channel of every message type that the exchange's room does not know."""
 
 
+_NEVER_NS = 2**63 - 1
+
+
 class Envelope(msgspec.Struct, gc=False):
     """The outside of one message: enough to file and to count it, nothing of its meaning."""
 
@@ -41,6 +44,21 @@ class Market(msgspec.Struct, frozen=True, kw_only=True):
     open_ns: int
     close_ns: int
     detail: dict[str, Any]
+
+
+def unlisted_market(ticker: str) -> Market:
+    """Return the row of a market of which nothing but its ticker is known; it never closes by itself."""
+    return Market(
+        ticker=ticker,
+        event_ticker="",
+        series_ticker="",
+        category="",
+        title="",
+        status="unknown",
+        open_ns=0,
+        close_ns=_NEVER_NS,
+        detail={},
+    )
 
 
 class ExchangeStatus(msgspec.Struct, frozen=True, kw_only=True):

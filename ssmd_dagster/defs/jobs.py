@@ -18,6 +18,7 @@ import dagster as dg
 from ssmd_dagster.defs import ops
 from ssmd_dagster.defs.partitions import trading_days
 from ssmd_dagster.defs.resources import DayDesk
+from ssmd_dagster.environments.loader import Registry
 from ssmd_dagster.environments.models import Environment
 
 START_TIMEOUT_S = 15 * 60
@@ -44,6 +45,22 @@ def roll_day() -> None:
     start_day()
 
 
+def faults_job(registry: Registry) -> dg.JobDefinition:
+    """Return the job that shows, in its description, what is wrong with the configuration; its run says what is left."""
+    faults = "\n".join(f"- `{fault}`" for fault in registry.faults)
+
+    @dg.graph(
+        name="broken_configuration",
+        description=f"Not everything in {registry.directory} can be used. Left out: "
+        f"{', '.join(sorted(registry.broken)) or 'no environment'}.\n\n{faults}\n\nCorrect that, launch this job to see "
+        "what is left, then reload the code location.",
+    )
+    def show() -> None:
+        ops.check_configuration()
+
+    return show.to_job(executor_def=dg.in_process_executor)
+
+
 def jobs_of(environment: Environment, resource_overrides: Mapping[str, Any]) -> dict[str, dg.JobDefinition]:
     """Return the jobs of an environment by verb: `start`, `end` and `roll`."""
     name, days = environment.name, trading_days(environment)
@@ -51,8 +68,9 @@ def jobs_of(environment: Environment, resource_overrides: Mapping[str, Any]) -> 
     clock = " Days follow the simulated exchange's clock, partitions the host's." if simulated else ""
 
     def job(graph: dg.GraphDefinition, description: str, timeout_s: int, *, rolls: bool = False) -> dg.JobDefinition:
+        job_name = f"{environment.slug}_{graph.name}"
         return graph.to_job(
-            name=f"{environment.slug}_{graph.name}",
+            name=job_name,
             description=f"{description}{clock}",
             partitions_def=days,
             resource_defs={"desk": DayDesk(environment=name, rolls=rolls), **resource_overrides},
@@ -61,6 +79,8 @@ def jobs_of(environment: Environment, resource_overrides: Mapping[str, Any]) -> 
                 "ssmd/environment": name,
                 "ssmd/lane": f"{name}/live",
                 "dagster/max_runtime": str(timeout_s),
+                # The Partitions tab counts runs by this tag, which a launch over GraphQL or the CLI does not add.
+                "dagster/partition_set": f"{job_name}_partition_set",
             },
         )
 

@@ -15,6 +15,8 @@ import dagster as dg
 from ssmd_dagster.day.ledger import Ledger
 from ssmd_dagster.day.states import DayState
 from ssmd_dagster.defs.resources import DayDesk, DaySession, VerbName
+from ssmd_dagster.environments.home import exchanges_dir
+from ssmd_dagster.environments.loader import broken_configuration, load_registry
 from ssmd_dagster.errors import ExitCode, SsmdError
 from ssmd_dagster.workflows.attempt import Attempt
 from ssmd_dagster.workflows.desk import Progress, Report
@@ -82,9 +84,7 @@ capture = _op(
     "Brings the connectors up and waits until the exchange has acknowledged all subscriptions.",
 )
 archive = _op("archive", "start", _step("start", "archiver"), "Brings the archiver up.")
-gateway = _op(
-    "gateway", "start", _step("start", "gateway"), "Brings the gateway up; one that runs keeps its clients."
-)
+gateway = _op("gateway", "start", _step("start", "gateway"), "Brings the gateway up; one that runs keeps its clients.")
 health = _op(
     "health",
     "start",
@@ -122,14 +122,33 @@ complete = _op(
 )
 
 
+@dg.op(description="Reads the configuration again and fails with what is wrong with it.")
+def check_configuration(context: dg.OpExecutionContext) -> None:
+    """Fail with every fault of the configuration as it is by now."""
+    faults = load_registry().faults
+    if faults:
+        error = broken_configuration(faults, where=str(exchanges_dir()))
+        raise dg.Failure(
+            description=str(error),
+            metadata={
+                "exit_code": dg.MetadataValue.int(int(error.exit_code)),
+                "command": dg.MetadataValue.text("ssmd env validate"),
+            },
+            allow_retries=False,
+        )
+    context.log.info("Nothing is wrong any more. Reload the code location.")
+
+
 def _log_progress(context: dg.OpExecutionContext, progress: Progress) -> None:
     detail = f": {progress.detail}" if progress.detail else ""
     match progress.kind:
+        case "started":  # Dagster says so of the step already
+            context.log.debug(f"{progress.date} {progress.title}")
         case "failed":
             context.log.error(f"{progress.date} {progress.title} failed{detail}")
         case "note":
             context.log.info(f"{progress.date} {progress.title}{detail}")
-        case _:
+        case "done" | "skipped":
             context.log.info(f"{progress.date} {progress.title}: {progress.kind}{detail}")
 
 

@@ -158,9 +158,7 @@ class DaySession:
         parsed = parse_date(partition)
         if self._desk is None:
             setting = load_setting(self._environment)
-            self._desk = await self._stack.enter_async_context(
-                open_desk(setting, self._actor, self._background.report)
-            )
+            self._desk = await self._stack.enter_async_context(open_desk(setting, self._actor, self._background.report))
         desk = self._desk
         desk.calendar.check(parsed, desk.setting.clock())
         if self._rolls:

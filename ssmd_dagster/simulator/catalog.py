@@ -21,6 +21,7 @@ EASTERN = ZoneInfo("America/New_York")
 SECOND_NS = 1_000_000_000
 DAY_S = 86_400
 _QUARTER_S = 900
+_FEWEST = 4
 _COMBO_S = 6 * 3_600
 _PLAYED_FROM_S = calendar.timegm((2021, 1, 1, 0, 0, 0))
 _PLAYED_TO_S = calendar.timegm((2099, 1, 1, 0, 0, 0))
@@ -109,7 +110,7 @@ def allot(markets: int, wanted: tuple[str, ...] = ()) -> dict[Series, int]:
     plain = [series for series in listed if not series.combo]
     quarters = [series for series in plain if series.rhythm is Rhythm.QUARTER][: max(1, markets // 25)]
     chosen = dict.fromkeys(quarters, 1)
-    left = max(0, markets - len(quarters))
+    left = max(_FEWEST, markets - len(quarters))
     sharing = [series for series in plain if series.share][: max(2, left // 8)]
     while sharing and left:
         total = sum(series.share for series in sharing)

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-from ssmd_dagster.exchange import Market
+from ssmd_dagster.errors import ConfigurationError, SsmdError
+from ssmd_dagster.exchange import Market, unlisted_market
 from ssmd_dagster.stores.secmaster import SyncResult
-from ssmd_dagster.workflows.desk import Desk
+from ssmd_dagster.workflows.desk import Desk, Progress
 
 
 async def sync(desk: Desk, date: str) -> SyncResult:
-    """Read the selected markets from the exchange into the cache; changes go to their own journal."""
+    """Read the selected markets from the exchange into the cache; changes go to their own journal.
+
+    Where the tickers are listed in the environment, they can be recorded without the exchange's list: if its REST service is
+    away or is none, what is known of them stays as it is.
+    """
+    selection = desk.setting.env.capture.markets.selection()
     exchange = desk.setting.open_exchange(date)
     try:
-        markets = [market async for market in exchange.markets(desk.setting.env.capture.markets.selection())]
+        markets = [market async for market in exchange.markets(selection)]
+    except SsmdError as error:
+        if selection.tickers is None or isinstance(error, ConfigurationError):
+            raise
+        desk.report(Progress("note", "secmaster", date, "secmaster", f"Going on without the exchange's list: {error.what}"))
+        known = {market.ticker: market for market in await desk.stores.secmaster.markets()}
+        markets = [known.get(ticker) or unlisted_market(ticker) for ticker in selection.tickers]
     finally:
         await exchange.close()
     return await desk.stores.secmaster.apply(markets, desk.setting.clock())

@@ -136,7 +136,9 @@ class Running:
         self.clients.append(client)
         return client
 
-    async def get(self, path: str, /, *, expect: int = 200, headers: dict[str, str] | None = None, **params: Any) -> Any:
+    async def get(
+        self, path: str, /, *, expect: int = 200, headers: dict[str, str] | None = None, **params: Any
+    ) -> Any:
         """GET from REST (paths below `/trade-api/v2`) or from the control surface (`/sim/…`)."""
         base = f"http://127.0.0.1:{self.simulator.rest_port}"
         url = base + path if path.startswith("/sim") else f"{base}/trade-api/v2{path}"

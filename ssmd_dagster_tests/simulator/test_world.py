@@ -93,7 +93,10 @@ def test_a_day_brings_everything_in_order() -> None:
         for change in world.advance(NOON_NS + minutes * 60 * SECOND_NS):
             if change.market is not None:
                 seen.setdefault(change.market.ticker, []).append(change.what)
-    assert all(happened == sorted(happened) for happened in seen.values())
+    for happened in seen.values():
+        # The empty snapshot comes when it comes: the market may be determined by then.
+        in_order = [what for what in happened if what is not Happening.EMPTIED]
+        assert in_order == sorted(in_order)
     quarter = [happened for ticker, happened in seen.items() if ticker.startswith("KXBTC15M")]
     assert len(quarter) > 90
     complete = [happened for happened in quarter if happened[0] is Happening.CREATED and Happening.SETTLED in happened]
@@ -103,7 +106,7 @@ def test_a_day_brings_everything_in_order() -> None:
         assert happened.count(Happening.EMPTIED) in (1, 2)
 
 
-@given(st.integers(-3 * DAY_NS, 400 * DAY_NS), st.integers(0, 3 * DAY_NS))
+@given(st.integers(0, 400 * DAY_NS) | st.integers(-3 * DAY_NS, -2 * SECOND_NS), st.integers(0, 3 * DAY_NS))
 @settings(max_examples=25, deadline=None)
 def test_any_time_has_open_markets_and_true_statuses(first: int, then: int) -> None:
     """Wherever the clock is set, and after time has passed from there, the lists say what the times say."""
@@ -129,7 +132,9 @@ def test_any_time_has_open_markets_and_true_statuses(first: int, then: int) -> N
 def test_going_back_and_forth_keeps_clocks_and_trades_apart() -> None:
     """A market that was closed and is open again, after the clock was set back, has a higher clock and new trade ids."""
     world = World(5, 40, 1, NOON_NS)
-    market = next(m for m in world.markets.values() if m.status == "active" and m.event.plan.series.ticker == "KXBTC15M")
+    market = next(
+        m for m in world.markets.values() if m.status == "active" and m.event.plan.series.ticker == "KXBTC15M"
+    )
     before = market.clock, market.trade_id()
     market.closing_clock = market.clock + 1
     world.advance(NOON_NS + 5 * DAY_NS)
