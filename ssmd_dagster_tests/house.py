@@ -85,7 +85,9 @@ class House:
             timeout=COMMAND_TIMEOUT_S,
             check=False,
         )
-        assert check is None or done.returncode == check, f"{arguments}: {done.returncode}\n{done.stdout}\n{done.stderr}"
+        assert check is None or done.returncode == check, (
+            f"{arguments}: {done.returncode}\n{done.stdout}\n{done.stderr}"
+        )
         return done
 
     def json(self, *arguments: str, check: int = 0) -> dict[str, Any]:

@@ -79,6 +79,7 @@ class Archiver:
         self._flush_wanted = asyncio.Event()
         self._state = "starting"
         self._error: str | None = None
+        self._exit_code: int | None = None
         self._messages, self._bytes, self._last_message_ns = 0, 0, 0
         self._by_channel: dict[str, int] = {}
         self._heartbeat = Heartbeat(stores.cache, date, COMPONENT, epoch, self._status)
@@ -93,8 +94,12 @@ class Archiver:
                 with contextlib.suppress(_WorkOutAgainError):
                     await self._work_out()
                     await self._archive(stop)
+            self._state = "stopped"
+        except SsmdError as error:
+            self._state, self._error = "failed", str(error)
+            self._exit_code = None if error.transient else int(error.exit_code)
+            raise
         finally:
-            self._state = "stopped" if self._error is None else "error"
             for channel in self._channels.values():
                 if channel.writer is not None:
                     channel.writer.discard()
@@ -271,6 +276,7 @@ class Archiver:
         return {
             "state": self._state,
             "error": self._error,
+            "exit_code": self._exit_code,
             "at_ns": self._setting.clock(),
             "untaken": len(self._untaken),
             "open_batches": sum(writer.batches for writer in writers),

@@ -155,16 +155,15 @@ class DaySession:
             raise UsageError(
                 "this run names no trading day", where=self._environment, do="Launch the job for one of its partitions"
             )
-        parsed = parse_date(partition)
+        setting = load_setting(self._environment)
+        setting.env.calendar().check(parse_date(partition), setting.clock())
         if self._desk is None:
-            setting = load_setting(self._environment)
             self._desk = await self._stack.enter_async_context(open_desk(setting, self._actor, self._background.report))
         desk = self._desk
-        desk.calendar.check(parsed, desk.setting.clock())
         if self._rolls:
             ending, starting = await dates_to_roll(desk, partition)
-            return ending_of(desk, ending) if verb == END.name else starting_of(desk, starting)
-        return Attempt(desk, partition, END if verb == END.name else START)
+            return ending_of(desk, ending) if verb == "end" else starting_of(desk, starting)
+        return Attempt(desk, partition, END if verb == "end" else START)
 
     async def _close(self) -> None:
         try:

@@ -42,6 +42,8 @@ _PICKS_REUSED = 8
 _TICK_S = 0.005
 _SLOW_TICK_S = 0.1
 _BURST = 1_024
+_FAST_ACTIONS = 4
+"""At full speed a chosen market moves this often before another is chosen; it spares half the work of choosing."""
 _IDLE_RATE = 1_000.0
 _ZIPF = 1.1
 _COMBO_WEIGHT = 0.1
@@ -220,6 +222,7 @@ class Engine:
         tail = delta_tail(event_ms, send_ms)
         stamp = TradeStamp(event_ms, send_ms)
         everyone_ticker, everyone_trade = self.everything[TICKER], self.everything[TRADE]
+        at_once = _FAST_ACTIONS if not self.rate else 1
         made = 0
         while made < budget:
             market = next(self._picks, None)
@@ -231,14 +234,21 @@ class Engine:
                 made += self._build(market, tail)
                 continue
             tape = market.tape
-            hot, ends, head, subs = tape.hot, tape.ends, market.head, market.book_subs
+            hot, ends, length, head, subs, index = (
+                tape.hot,
+                tape.ends,
+                tape.length,
+                market.head,
+                market.book_subs,
+                market.index,
+            )
             position = market.position
-            while True:
+            actions = 0
+            while actions < at_once:
                 position += 1
-                if position == tape.length:
+                if position == length:
                     position = 0
                     market.next_round()
-                market.position = position
                 offset, part, yes_part, trade, top_moved = hot[position]
                 clock = market.clock_base + offset
                 for sub in subs:
@@ -247,16 +257,19 @@ class Engine:
                         b"%b%d%b%d%b%b" % (sub.prefix, seq, head, clock, yes_part if sub.yes_scale else part, tail)
                     )
                     sub.keys.append(seq << 24 | sub.key)
-                    sub.marks.append(market.index)
+                    sub.marks.append(index)
                 made += 1
+                if ends[position]:
+                    actions += 1
                 if trade:
+                    market.position = position
                     self._trade(market, trade, stamp, everyone_trade)
                     made += 1
                 if top_moved and (everyone_ticker or market.ticker_subs):
+                    market.position = position
                     self._ticker(market, event_ms, send_ms, everyone_ticker)
                     made += 1
-                if ends[position]:
-                    break
+            market.position = position
         self.messages += made
         self._flush(event_ms)
         return made

@@ -285,6 +285,8 @@ class Market:
             "settlement_timer_seconds": 300,
             "status": self.status,
             "notional_value_dollars": "1.0000",
+            # Gone from Kalshi's specification since October 2026, and still required by clients of that month.
+            "liquidity_dollars": "0.0000",
         }
         after: dict[str, Any] = {
             **previous,

@@ -21,7 +21,9 @@ async def sync(desk: Desk, date: str) -> SyncResult:
     except SsmdError as error:
         if selection.tickers is None or isinstance(error, ConfigurationError):
             raise
-        desk.report(Progress("note", "secmaster", date, "secmaster", f"Going on without the exchange's list: {error.what}"))
+        desk.report(
+            Progress("note", "secmaster", date, "secmaster", f"Going on without the exchange's list: {error.what}")
+        )
         known = {market.ticker: market for market in await desk.stores.secmaster.markets()}
         markets = [known.get(ticker) or unlisted_market(ticker) for ticker in selection.tickers]
     finally:

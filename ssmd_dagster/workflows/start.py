@@ -207,7 +207,7 @@ async def wait_for_heartbeat(
 ) -> dict[str, Any]:
     """Return a component's heartbeat once it is `ready`.
 
-    Raises `ConfigurationError` where the component was refused for good, `UnreachableError` with its last words and its log
+    Raises `ConfigurationError` or `SsmdError` where the component says that it cannot go on, `UnreachableError` with its last words and its log
     where it is not ready in time or keeps dying.
     """
     group = desk.env if date == LIVE else day_group(desk.env, date)
@@ -217,8 +217,9 @@ async def wait_for_heartbeat(
         beat = await desk.stores.cache.heartbeat(date, name)
         if beat is not None and ready(beat):
             return beat
-        if beat is not None and beat.get("exit_code") == ExitCode.CONFIGURATION:
-            raise ConfigurationError(str(beat["error"]), where=desk.where(date))
+        if beat is not None and beat.get("exit_code") is not None:
+            kind = ConfigurationError if beat["exit_code"] == ExitCode.CONFIGURATION else SsmdError
+            raise kind(f"{name}: {beat['error']}", where=desk.where(date))
         state = next((state for state in await desk.supervisor.states(group) if state.name == name), None)
         log = desk.setting.home / "logs" / group / f"{name}.log"
         if state is not None and state.state == "EXITED" and state.exit_code == ExitCode.CONFIGURATION:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from ssmd_dagster.simulator import catalog
 from ssmd_dagster.simulator.catalog import SECOND_NS
 from ssmd_dagster_tests.simulator.conftest import Running, running, sign
 
@@ -188,14 +189,12 @@ async def test_a_filter_may_name_a_market_that_is_not_listed_yet(exchange: Runni
     opened = set(await exchange.open_tickers("KXBTC15M", 10))
     world = exchange.simulator.world
     now_s = exchange.simulator.clock() // SECOND_NS
-    from ssmd_dagster.simulator import catalog
-
     series = next(each for each in world.allotted if each.ticker == "KXBTC15M")
     (event,) = catalog.plan_events(series, now_s // 900 + 3, 1, world.seed)
     (market,) = catalog.plan_markets(event, 1, world.seed)
     assert market.ticker not in opened
     await client.subscribe("orderbook_delta", market_ticker=market.ticker)
-    for _ in range(4):
+    for _ in range(3):
         await exchange.post("/sim/clock", advance_s=900)
     await client.until(lambda frame: frame["type"] == "orderbook_snapshot")
     await client.until(lambda frame: frame["type"] == "orderbook_delta")

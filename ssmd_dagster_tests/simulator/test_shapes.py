@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from jsonschema import ValidationError
+from jsonschema import ValidationError  # type: ignore[import-untyped]
 
 from ssmd_dagster.simulator.catalog import SECOND_NS
 from ssmd_dagster.simulator.engine import Engine

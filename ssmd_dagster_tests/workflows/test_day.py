@@ -71,7 +71,14 @@ def test_a_day_is_started_recorded_ended_and_sealed(house: House, simulated: str
         assert sheet["normalised"] is None
     shown = house.ssmd("day", "show", simulated, today).stdout.splitlines()
     assert shown[:3] == [f"Trading Day: {today}", f"Environment: {simulated}", "State: COMPLETE"]
-    assert [line.split(":")[0] for line in shown[3:9]] == ["Started", "Ended", "Duration", "Messages", "Gaps", "Archive"]
+    assert [line.split(":")[0] for line in shown[3:9]] == [
+        "Started",
+        "Ended",
+        "Duration",
+        "Messages",
+        "Gaps",
+        "Archive",
+    ]
     header, row = house.ssmd("day", "history", simulated, "--limit", "7").stdout.splitlines()
     assert [header.index(word) for word in ("DATE", "STATE", "START", "END", "MSGS", "GAPS")] == [0, 12, 22, 41, 61, 72]
     assert row.startswith(f"{today}  COMPLETE  {today}T")

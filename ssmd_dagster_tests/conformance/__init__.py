@@ -1,0 +1,1 @@
+"""Programs written for Kalshi, unchanged, against the simulated exchange."""

@@ -1,0 +1,246 @@
+"""The jobs in process, on real servers and a simulated exchange: what they do to a day, and what they say when they fail."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+
+from ssmd_dagster.defs.build import build_definitions
+from ssmd_dagster.environments.home import segments_dir
+from ssmd_dagster.environments.loader import load_registry
+from ssmd_dagster_tests.house import House, until
+
+START_STEPS = ["secmaster", "connector", "archiver", "gateway", "health"]
+
+
+@pytest.fixture
+def in_house(house: House, monkeypatch: pytest.MonkeyPatch) -> House:
+    """The house's folders for this process, in which the jobs run."""
+    monkeypatch.setenv("SSMD_HOME", str(house.home))
+    monkeypatch.setenv("SSMD_EXCHANGES", str(house.exchanges))
+    return house
+
+
+@pytest.fixture
+def instance() -> Iterator[dg.DagsterInstance]:
+    """An instance with storage of its own on disk."""
+    with dg.instance_for_test() as instance:
+        yield instance
+
+
+def job_of(env: str, verb: str) -> dg.JobDefinition:
+    """Return a job as Dagster loads it."""
+    return build_definitions(load_registry()).resolve_job_def(f"{env.replace('-', '_')}_{verb}_day")
+
+
+def run(env: str, verb: str, day: str | None, **options: Any) -> dg.ExecuteInProcessResult:
+    """Run a job for a day the way the UI launches it: by tag, which Dagster does not check."""
+    tags = {} if day is None else {"dagster/partition": day}
+    return job_of(env, verb).execute_in_process(tags=tags, raise_on_error=False, **options)
+
+
+def failures(result: dg.ExecuteInProcessResult | dg.JobExecutionResult) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Return description and metadata of each op's failure."""
+    found = {}
+    for event in result.all_events:
+        if event.is_step_failure and (data := event.step_failure_data.user_failure_data) is not None:
+            metadata = {label: value.value for label, value in data.metadata.items()}
+            found[str(event.step_key)] = (str(data.description), metadata)
+    return found
+
+
+def outputs(result: dg.ExecuteInProcessResult | dg.JobExecutionResult) -> dict[str, dict[str, Any]]:
+    """Return the metadata of each op's output."""
+    return {
+        str(event.step_key): {label: value.value for label, value in event.step_output_data.metadata.items()}
+        for event in result.all_events
+        if event.is_successful_output
+    }
+
+
+def today() -> str:
+    """Return the date of the simulated exchange, whose clock is not shifted here."""
+    return datetime.now(UTC).date().isoformat()
+
+
+def break_archiver(house: House, env: str) -> Path:
+    """Put a file where the archiver wants its folder; without it the archiver runs again."""
+    folder = segments_dir(house.home, env, today()).parent
+    folder.parent.mkdir(mode=0o700, exist_ok=True)
+    folder.write_text("in the way")
+    return folder
+
+
+def test_a_day_is_started_and_ended(in_house: House, simulated: str) -> None:
+    """Each op does its step; the outputs show state, epoch, counts and the ledger; doing it again changes nothing."""
+    day = today()
+    started = run(simulated, "start", day)
+    assert started.success
+    shown = outputs(started)
+    assert list(shown) == ["take_day", "sync", "capture", "archive", "gateway", "health"]
+    assert (shown["take_day"]["state"], shown["health"]["state"]) == ("STARTING", "ACTIVE")
+    assert "markets" in shown["sync"]["Syncing security master"]
+    epoch = shown["health"]["epoch"]
+
+    again = run(simulated, "start", day)
+    assert again.success
+    assert outputs(again)["health"] == {"day": day, "state": "ACTIVE", "epoch": epoch, "already": True}
+
+    until(lambda: in_house.day(simulated, day)["messages"] > 200)
+    ended = run(simulated, "end", day)
+    assert ended.success
+    shown = outputs(ended)
+    assert list(shown) == ["drain", "flush", "stop_capture", "verify", "complete"]
+    complete = shown["complete"]
+    assert (complete["state"], complete["condition"], complete["gaps"]) == ("COMPLETE", "pending", 0)
+    assert complete["archive"].endswith("/".join(["kalshi", *day.split("-"), ""]))
+    ledger = {record.data["channel"]: record.data for record in complete["ledger"].records}
+    assert {"trade", "ticker", "orderbook_delta", "session"} <= ledger.keys()
+    assert all(sheet["received"] == sheet["archived"] > 0 for sheet in ledger.values())
+    assert outputs(run(simulated, "end", day))["complete"]["already"] is True
+
+    seen = in_house.day(simulated, day)
+    assert (seen["state"], seen["messages"], str(seen["epoch"])) == ("COMPLETE", complete["messages"], epoch)
+    assert [step["step"] for step in seen["steps"]][: len(START_STEPS)] == START_STEPS
+
+
+def test_a_roll_ends_the_partition_and_starts_the_next_day(in_house: House, simulated: str) -> None:
+    """The partition is the day that ends, and it ends first; a second roll of it finds everything done."""
+    day, following = today(), (date.fromisoformat(today()) + timedelta(days=1)).isoformat()
+    assert run(simulated, "start", day).success
+    rolled = run(simulated, "roll", day)
+    assert rolled.success
+    shown = outputs(rolled)
+    assert list(shown)[4:6] == ["end_day.complete", "start_day.take_day"]
+    assert (shown["end_day.complete"]["day"], shown["end_day.complete"]["state"]) == (day, "COMPLETE")
+    assert (shown["start_day.health"]["day"], shown["start_day.health"]["state"]) == (following, "ACTIVE")
+    again = outputs(run(simulated, "roll", day))
+    assert again["end_day.complete"]["already"] is again["start_day.health"]["already"] is True
+    in_house.ssmd("day", "end", simulated, "--date", following)
+
+
+def test_a_day_that_cannot_be_ended_does_not_keep_the_next_one_from_being_recorded(
+    in_house: House, simulated: str, instance: dg.DagsterInstance
+) -> None:
+    """The roll fails with its first half, the second half is done, and a re-execution repeats the first half only."""
+    day, following = today(), (date.fromisoformat(today()) + timedelta(days=1)).isoformat()
+    obstacle = break_archiver(in_house, simulated)
+    assert not run(simulated, "start", day).success
+    obstacle.unlink()
+    rolled = run(simulated, "roll", day, instance=instance)
+    assert not rolled.success
+    ((step, (text, metadata)),) = failures(rolled).items()
+    assert step == "end_day.drain"
+    assert f"trading day {day} is FAILED and never was ACTIVE" in text
+    assert (metadata["exit_code"], metadata["command"]) == (5, f"ssmd day status {simulated}")
+    assert outputs(rolled)["start_day.health"]["day"] == following
+    again = re_executed(simulated, "roll", rolled.run_id, instance)
+    assert list(failures(again)) == ["end_day.drain"]
+    assert not outputs(again)
+    in_house.ssmd("day", "end", simulated, "--date", following)
+
+
+def rebuilt_job(env: str, verb: str) -> dg.JobDefinition:
+    """Return a job in whichever process runs it; named by `re_executed`."""
+    return job_of(env, verb)
+
+
+def re_executed(env: str, verb: str, run_id: str, instance: dg.DagsterInstance) -> dg.JobExecutionResult:
+    """Re-execute a run from its failure, as the UI's button does."""
+    job = dg.build_reconstructable_job(__name__, rebuilt_job.__name__, (env, verb))
+    options = dg.ReexecutionOptions.from_failure(run_id, instance)
+    with dg.execute_job(job, instance, reexecution_options=options) as result:
+        return result
+
+
+def test_a_re_execution_from_failure_takes_the_day_under_a_new_epoch(
+    in_house: House, simulated: str, instance: dg.DagsterInstance
+) -> None:
+    """A run that fails in `archive` leaves the day FAILED; re-executed, it redoes what came before and ends ACTIVE."""
+    day = today()
+    obstacle = break_archiver(in_house, simulated)
+    failed = run(simulated, "start", day, instance=instance)
+    ((step, (text, metadata)),) = failures(failed).items()
+    assert step == "archive"
+    assert "archiver is not ready" in text
+    assert metadata["exit_code"] == 7
+    assert metadata["command"] == f"ssmd day start {simulated} --date {day}"
+    before = in_house.day(simulated, day)
+    assert (before["state"], before["failed_step"]) == ("FAILED", "archiver")
+    obstacle.unlink()
+
+    again = re_executed(simulated, "start", failed.run_id, instance)
+    assert again.success
+    assert list(outputs(again)) == ["archive", "gateway", "health"]
+    after = in_house.day(simulated, day)
+    assert (after["state"], after["epoch"] > before["epoch"]) == ("ACTIVE", True)
+    assert [step["step"] for step in after["steps"]] == START_STEPS
+    assert all(str(after["epoch"]) == shown["epoch"] for shown in outputs(again).values())
+    in_house.ssmd("day", "end", simulated)
+
+
+def test_a_run_that_stops_between_two_steps_fails_its_day(in_house: House, simulated: str) -> None:
+    """A run of the first op alone takes the day and leaves it FAILED, without a lease, free for the next start."""
+    day = today()
+    assert run(simulated, "start", day, op_selection=["take_day"]).success
+    left = in_house.day(simulated, day)
+    assert (left["state"], left["error"]) == ("FAILED", "interrupted before secmaster")
+    assert run(simulated, "start", day).success
+    in_house.ssmd("day", "end", simulated)
+
+
+@pytest.mark.parametrize(
+    ("day", "exit_code", "said"),
+    [
+        (None, 2, "this run names no trading day"),
+        ("yesterday", 2, "not a date: 'yesterday'"),
+        ("2020-01-01", 4, "there is no trading day 2020-01-01. The calendar goes from 2025-12-01 to "),
+        ("2031-01-01", 4, "there is no trading day 2031-01-01"),
+    ],
+)
+@pytest.mark.parametrize(("verb", "first"), [("start", "take_day"), ("end", "drain")])
+def test_a_partition_that_is_no_day_fails_in_the_first_op(
+    in_house: House, env_name: str, verb: str, first: str, day: str | None, exit_code: int, said: str
+) -> None:
+    """Dagster launches any partition, or none; the first op says what is wrong, and nothing else is done."""
+    in_house.add(env_name, simulator={"seed": 1})
+    result = run(env_name, verb, day)
+    ((step, (text, metadata)),) = failures(result).items()
+    assert (step, metadata["exit_code"]) == (first, exit_code)
+    assert said in text
+    assert not outputs(result)
+
+
+def test_servers_that_do_not_run_are_a_failure_of_the_first_op(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without `ssmd up` the first op says so; it is no error of the resource, and a roll's second half says it too."""
+    house = House.build(tmp_path)
+    house.add("quiet", simulator={"seed": 1})
+    monkeypatch.setenv("SSMD_HOME", str(house.home))
+    monkeypatch.setenv("SSMD_EXCHANGES", str(house.exchanges))
+    for verb, first in (("start", ["take_day"]), ("roll", ["end_day.drain", "start_day.take_day"])):
+        failed = failures(run("quiet", verb, today()))
+        assert list(failed) == first
+        for text, metadata in failed.values():
+            assert "Run `ssmd up`" in text
+            assert metadata["exit_code"] == 7
+
+
+def test_a_configuration_that_broke_since_loading_is_a_failure_of_the_first_op(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run reads the YAML again: its faults are the op's failure, with the command that lists them."""
+    house = House.build(tmp_path)
+    house.add("quiet", simulator={"seed": 1})
+    monkeypatch.setenv("SSMD_HOME", str(house.home))
+    monkeypatch.setenv("SSMD_EXCHANGES", str(house.exchanges))
+    job = job_of("quiet", "start")
+    house.add("quiet", simulator={"seed": -1})
+    result = job.execute_in_process(partition_key=today(), raise_on_error=False)
+    text, metadata = failures(result)["take_day"]
+    assert "simulator.seed: got -1" in text
+    assert (metadata["exit_code"], metadata["command"]) == (8, "ssmd env validate quiet")
