@@ -194,6 +194,7 @@ class Watch:
         self._environments = environments
         self._home = home
         self._tasks: list[asyncio.Task[None]] = []
+        self._is_over = False
 
     async def __aenter__(self) -> Self:
         secrets = load_secrets(self._home)
@@ -201,6 +202,8 @@ class Watch:
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        # A cancellation can get lost in `asyncio.wait_for` (before Python 3.12), which the clients use.
+        self._is_over = True
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -210,10 +213,10 @@ class Watch:
         return await connect_supervisor(self._home).states()
 
     async def _follow(self, environment: Environment, secrets: Mapping[str, str]) -> None:
-        while True:
+        while not self._is_over:
             try:
                 async with connect(environment, self._home, secrets, name="ssmd-up") as stores:
-                    while True:
+                    while not self._is_over:
                         date = await stores.cache.current()
                         state = None if date is None else await stores.cache.state(date)
                         self.days[environment.name] = DayNow(date=date, state=state)
@@ -507,9 +510,10 @@ async def _answers_ok(url: str) -> bool:
 
 async def _listens(port: int) -> bool:
     try:
-        _, writer = await asyncio.wait_for(asyncio.open_connection(HOST, port), embedded.PROBE_TIMEOUT_S)
-        writer.close()
-        await writer.wait_closed()
+        async with asyncio.timeout(embedded.PROBE_TIMEOUT_S):
+            _, writer = await asyncio.open_connection(HOST, port)
+            writer.close()
+            await writer.wait_closed()
     except (OSError, TimeoutError):
         return False
     return True

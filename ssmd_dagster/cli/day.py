@@ -240,8 +240,7 @@ def print_day(env: str, view: DayView) -> None:
         for sheet in ledger.channels:
             counts = [getattr(sheet, name) for name in names]
             click.echo(f"  {sheet.channel:<20}" + "".join(f"{_count(count):>12}" for count in counts))
-        missing = sorted({name.split(" ", 1)[1] for name in ledger.not_computed()})
-        if missing:
+        if missing := ledger.not_computed_briefly():
             click.echo(f"  not computed: {', '.join(missing)}")
     if view.error:
         click.echo(f"Error: {view.error}")

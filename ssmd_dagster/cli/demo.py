@@ -52,7 +52,7 @@ def demo_command(as_json: bool) -> int:
     for path in result.raw_files:
         click.echo(f"  {path}  {path.stat().st_size:,} bytes")
     trades = next((path for path in result.raw_files if path.name.startswith("trades-")), result.raw_files[0])
-    query = f"select count(*), min(recv_ns), max(recv_ns) from read_json('{trades.parent}/trades-*.jsonl.zst')"
+    query = f"select count(*), min(recv_ns), max(recv_ns) from read_json('{trades.parent}/trades-*.jsonl.zst')"  # noqa: S608 - printed, not run
     click.echo("\nRead them, for example with DuckDB:")
     click.echo(f'  .venv/bin/python -c "import duckdb; print(duckdb.sql(\\"{query}\\"))"')
     click.echo(

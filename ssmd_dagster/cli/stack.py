@@ -190,7 +190,8 @@ async def _stay(
             while not interrupted.is_set():
                 live.update(_screen(environments, result, await _look(watch), watch.days), refresh=True)
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(interrupted.wait(), _REFRESH_S)
+                    async with asyncio.timeout(_REFRESH_S):
+                        await interrupted.wait()
 
 
 async def _look(watch: stack.Watch) -> list[ProcessState] | str:

@@ -57,7 +57,7 @@ def condition(
         return Condition(value="degraded", reasons=(f"forced by {forced_by}", *against))
     if ledger is None:
         return Condition(value="pending", reasons=("not verified", *against))
-    not_computed = ledger.not_computed()
+    not_computed = ledger.not_computed_briefly()
     if not_computed or not ledger.channels:
         missing = f"not computed: {', '.join(not_computed)}" if ledger.channels else "the ledger has no channel"
         return Condition(value="pending", reasons=(missing, *against))

@@ -116,6 +116,20 @@ class Ledger(msgspec.Struct, frozen=True, kw_only=True):
         """Return the names of the lines that nobody has drawn up."""
         return [line.name for line in self.lines() if line.size is None]
 
+    def not_computed_briefly(self) -> list[str]:
+        """Return the same for a reader: a line missing in every channel is named once, a part without any line as a whole."""
+        missing = set(self.not_computed())
+        brief: list[str] = []
+        for line in ChannelLedger(channel="").lines():
+            channels = [sheet.channel for sheet in self.channels if f"{sheet.channel} {line.name}" in missing]
+            everywhere = channels and len(channels) == len(self.channels)
+            brief += [line.name] if everywhere else [f"{channel} {line.name}" for channel in channels]
+        for part, sheet in (("wire", self.wire), ("trades", self.trades)):
+            names = [f"{part} {name}" for name, _ in _fields(sheet)]
+            lines = [name for name in names if name in missing]
+            brief += [part] if len(lines) == len(names) else lines
+        return brief
+
     def differences(self) -> list[Difference]:
         """Return every pair of sides that are both computed and not equal, in the order of the lines."""
         return [self._difference(name, size) for name, size in self._balances() if size]

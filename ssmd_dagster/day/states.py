@@ -158,7 +158,7 @@ def state_diagram() -> str:
 def states_document() -> str:
     """Return the whole text of `docs/day-states.md`."""
     rows = [
-        f"| {'–' if from_ is None else from_} | `{event}` | {transition.to} | {transition.who} |"  # noqa: RUF001
+        f"| {'–' if from_ is None else from_} | `{event}` | {transition.to} | {transition.who} |"
         for (from_, event), transition in TRANSITIONS.items()
     ]
     stateless = ", ".join(f"`{event}`" for event in EventName if event in STATELESS_EVENTS)

@@ -207,8 +207,8 @@ async def wait_for_heartbeat(
 ) -> dict[str, Any]:
     """Return a component's heartbeat once it is `ready`.
 
-    Raises `ConfigurationError` or `SsmdError` where the component says that it cannot go on, `UnreachableError` with its last words and its log
-    where it is not ready in time or keeps dying.
+    Raises `ConfigurationError` or `SsmdError` where the component says that it cannot go on, `UnreachableError` with its last
+    words and its log where it is not ready in time or keeps dying.
     """
     group = desk.env if date == LIVE else day_group(desk.env, date)
     deadline = time.monotonic() + timeout_s

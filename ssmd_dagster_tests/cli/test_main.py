@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import select
 import signal
 import subprocess
 import sys
@@ -276,9 +277,11 @@ def test_the_live_screen_shows_processes_and_ends_with_ctrl_c(stack_home: Path) 
 def on_a_terminal(arguments: list[str], environment: dict[str, str], until: str | None = None) -> tuple[int, str]:
     """Run the command line on a terminal, interrupt it once `until` is shown; return exit code and output."""
     terminal, other_side = pty.openpty()
+    # Unbuffered, Python drops the rest of a write that a signal cuts short.
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     with subprocess.Popen(
         [*SSMD, *arguments],
-        env={**os.environ, "TERM": "xterm", **environment},
+        env={**inherited, "TERM": "xterm", **environment},
         stdin=other_side,
         stdout=other_side,
         stderr=other_side,
@@ -286,7 +289,7 @@ def on_a_terminal(arguments: list[str], environment: dict[str, str], until: str 
         os.close(other_side)
         deadline = time.monotonic() + READY_TIMEOUT_S
         shown = b""
-        while time.monotonic() < deadline:
+        while select.select([terminal], [], [], max(0.0, deadline - time.monotonic()))[0]:
             try:
                 chunk = os.read(terminal, 65536)
             except OSError:

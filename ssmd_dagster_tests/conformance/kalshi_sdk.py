@@ -53,18 +53,21 @@ async def stream(config: KalshiConfig, auth: KalshiAuth, tickers: list[str], bas
     """Subscribe several markets and channels, add markets, and rebuild books that equal the exchange's."""
     socket = KalshiWebSocket(auth=auth, config=config)
     async with socket.connect() as session:
-        books = await session.subscribe_orderbook_delta(tickers=tickers[:3], maxsize=100_000)
         trades = await session.subscribe_trade()
         prices = await session.subscribe_ticker(tickers=tickers)
+        books = await session.subscribe_orderbook_delta(tickers=tickers[:3], maxsize=100_000)
         async with asyncio.timeout(DEADLINE_S):
             await anext(aiter(trades))
             await anext(aiter(prices))
             for _ in range(50):
                 await anext(aiter(books))
-        # The SDK has no public way to add markets while it reads; this is what its own subscribe does.
+        # The SDK has no public way to add markets while it reads; this is what its own subscribe does. It does not count
+        # the answer's seq, so it takes the next message for a gap and subscribes again, with the list that it keeps.
         await session._pause_recv_loop()
-        client_id = next(number for number, sub in session._sub_mgr.active_subscriptions.items() if sub.channel == "orderbook_delta")
-        await session._sub_mgr.update_subscription(client_id, "add_markets", market_tickers=tickers[3:])
+        subscriptions = session._sub_mgr.active_subscriptions.values()
+        mine = next(sub for sub in subscriptions if sub.channel == "orderbook_delta")
+        mine.params["market_tickers"] = tickers
+        await session._sub_mgr.update_subscription(mine.client_id, "add_markets", market_tickers=tickers[3:])
         session._ensure_recv_loop()
         async with asyncio.timeout(DEADLINE_S):
             for _ in range(100):

@@ -95,7 +95,11 @@ def test_a_day_is_started_recorded_ended_and_sealed(house: House, simulated: str
     for sheet in day["ledger"]["channels"]:
         if sheet["channel"] in channels:
             files = folder / f"{channels[sheet['channel']]}-*.jsonl.zst"
-            rows = duckdb.sql(f"select count(*) from read_json('{files}', format='newline_delimited')").fetchall()
+            rows = (
+                duckdb.connect()
+                .execute(f"select count(*) from read_json('{files}', format='newline_delimited')")
+                .fetchall()
+            )
             assert rows == [(sheet["archived"],)]
 
 

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from ssmd_dagster.archive.batch import Batch, decode_records, scan
-from ssmd_dagster.archive.records import parse_record, payload_of
 from ssmd_dagster.environments.home import project_dir
 from ssmd_dagster_tests.exchanges import plain_exchange
 from ssmd_dagster_tests.house import House, until
+from ssmd_dagster_tests.judge import archived_payloads
 
 DATA = project_dir().parent / "shared" / "kalshi" / "data"
 FILES = ("ws-sports-2026-08", "ws-kxbtc-2026-04", "ws-kxbtc15m-2026-05")
@@ -28,21 +27,6 @@ ODD_FRAMES = [
     b"",
     "{'type':'trädé'}".encode(),
 ]
-
-
-def archived_payloads(folder: Path) -> list[bytes]:
-    """Return every frame of a day's archive in the order of its ordinal, as it came off the socket."""
-    found: dict[int, bytes] = {}
-    for path in folder.glob("*.jsonl.zst"):
-        data = path.read_bytes()
-        for item in scan(data):
-            if isinstance(item, Batch):
-                for line in decode_records(data, item).splitlines():
-                    record = parse_record(line)
-                    payload = payload_of(record)
-                    if payload is not None:
-                        found[record.n] = payload
-    return [payload for _, payload in sorted(found.items())]
 
 
 def record(house: House, env: str, frames: list[bytes]) -> tuple[list[bytes], dict[str, int]]:
