@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import sys
 
 from ssmd_dagster.capture.setting import Setting
 from ssmd_dagster.capture.supervisor import Program
+from ssmd_dagster.environments.home import exchanges_dir
 from ssmd_dagster.environments.models import Environment
 
 LIVE = "live"
 """Stands for the date in the heartbeat of what outlives days: the gateway."""
-
-_PASSED_ON = ("SSMD_EXCHANGES",)
 
 
 def day_group(env: str, date: str) -> str:
@@ -46,7 +44,9 @@ def gateway_program(setting: Setting) -> Program:
 
 
 def _python(name: str, module: str, *arguments: str) -> Program:
-    environment = {variable: os.environ[variable] for variable in _PASSED_ON if variable in os.environ}
     return Program(
-        name=name, command=(sys.executable, "-m", f"ssmd_dagster.capture.{module}", *arguments), environment=environment
+        name=name,
+        command=(sys.executable, "-m", f"ssmd_dagster.capture.{module}", *arguments),
+        # Always said, so that the program is the same whoever asks for it: another one would replace it.
+        environment={"SSMD_EXCHANGES": str(exchanges_dir())},
     )

@@ -11,6 +11,7 @@ import concurrent.futures
 import contextlib
 import logging
 import threading
+import time
 from collections.abc import Callable, Coroutine, Iterator
 from queue import SimpleQueue
 from typing import Any, Literal, TypeVar
@@ -29,6 +30,7 @@ from ssmd_dagster.workflows.start import START
 
 INTERRUPT_TIMEOUT_S = CLEAN_UP_TIMEOUT_S + 15.0
 """How long a cancelled run waits for its step to tidy up and to journal its failure."""
+CANCEL_AGAIN_S = 2.0
 THREAD_TIMEOUT_S = 5.0
 
 VerbName = Literal["start", "end"]
@@ -70,11 +72,22 @@ class Background:
                 show(progress)
         finally:
             if not future.done():
-                self._loop.call_soon_threadsafe(self._cancel)
-                concurrent.futures.wait([future], INTERRUPT_TIMEOUT_S)
-                while not news.empty() and (progress := news.get()) is not None:
-                    show(progress)
+                self._interrupt(future, show)
         return future.result()
+
+    def _interrupt(self, future: concurrent.futures.Future[Any], show: Report) -> None:
+        """Cancel the work under way and wait until it has tidied up, within `INTERRUPT_TIMEOUT_S`."""
+        deadline = time.monotonic() + INTERRUPT_TIMEOUT_S
+        is_tidying_up = False
+        while not future.done() and time.monotonic() < deadline:
+            # A cancellation can get lost in `asyncio.wait_for` (before Python 3.12), which the clients use: it is said
+            # again until the work tells of its failure, and not while it cleans up.
+            if not is_tidying_up:
+                self._loop.call_soon_threadsafe(self._cancel)
+            concurrent.futures.wait([future], CANCEL_AGAIN_S)
+            while not self._news.empty() and (progress := self._news.get()) is not None:
+                is_tidying_up |= progress.kind == "failed"
+                show(progress)
 
     def close(self) -> None:
         """Stop the loop and its thread."""

@@ -18,7 +18,7 @@ from ssmd_dagster.simulator.frames import (
     event_created,
     fee_update,
     lifecycle_created,
-    ticker_body,
+    ticker_tail,
 )
 from ssmd_dagster.simulator.playback import Recording
 from ssmd_dagster.simulator.session import (
@@ -84,7 +84,10 @@ class Engine:
         self._picks: Iterator[Market] = iter(())
         self._drawn: list[Market] = []
         self._reuse = 0
-        self._picked_version = -1
+        self._open: list[Market] = []
+        self._weights: list[float] = []
+        self._weighed_version = -1
+        self._remakes = 0
         self._event_ms = 0
         self._lag_ms = 5
         self._room = asyncio.Event()
@@ -112,9 +115,20 @@ class Engine:
         now_ns = self.clock()
         for change in self.world.advance(now_ns):
             self._tell(change)
+        if self.world.remakes != self._remakes:
+            self._remakes = self.world.remakes
+            self._show_all()
         self._tell_indices(now_ns // 1_000_000)
         self.paused = self.pauses and catalog.paused_until_s(now_ns // catalog.SECOND_NS) is not None
         self._flush()
+
+    def _show_all(self) -> None:
+        """Send the books of all subscribed markets: after a leap in time what clients hold may be of another day."""
+        for connection in self.connections.values():
+            for sub in connection.subscriptions.values():
+                for market in (sub.markets or ()) if sub.channel == BOOK else ():
+                    if sub in market.book_subs:
+                        connection.snapshot(sub, market)
 
     def play(self, connection: Connection) -> None:
         """Begin to play the recording, if there is one, to a connection."""
@@ -189,38 +203,43 @@ class Engine:
 
     # -- markets that trade ----------------------------------------------------------------------------------------
 
-    def _draw(self) -> bool:
-        """Choose the next markets to move: every series alike, and few markets of a series most of the time."""
-        if self._picked_version == self.world.version and self._reuse < _PICKS_REUSED and self._drawn:
-            self._reuse += 1
-            self._picks = iter(self._drawn)
-            return True
-        markets: list[Market] = []
-        weights: list[float] = []
+    def _weigh(self) -> None:
+        """Weigh the open markets: every series alike, and few markets of a series most of the time."""
+        self._open, self._weights = [], []
+        total = 0.0
         for series, found in self.world.open_markets().items():
-            scale = (_COMBO_WEIGHT if series.combo else 1.0) / (
-                sum(1 / rank**_ZIPF for rank in range(1, len(found) + 1)) or 1
-            )
-            markets.extend(found)
-            weights.extend(scale / rank**_ZIPF for rank in range(1, len(found) + 1))
-        self._picked_version = self.world.version
-        self._reuse = 0
-        if not markets:
-            self._drawn = []
+            ranks = [rank**-_ZIPF for rank in range(1, len(found) + 1)]
+            scale = (_COMBO_WEIGHT if series.combo else 1.0) / (sum(ranks) or 1)
+            self._open += found
+            for weight in ranks:
+                total += weight * scale
+                self._weights.append(total)
+        self._weighed_version = self.world.version
+        self._drawn = []
+
+    def _draw(self) -> bool:
+        """Choose the next markets to move; return False if none is open."""
+        if self._weighed_version != self.world.version:
+            self._weigh()
+        if not self._open:
             return False
-        quick = not self.rate or self.rate > _PICKS
-        self._drawn = self.rng.choices(markets, weights, k=_PICKS if quick else 2_048)
+        if not self._drawn or self._reuse == _PICKS_REUSED:
+            quick = not self.rate or self.rate > _PICKS
+            self._drawn = self.rng.choices(self._open, cum_weights=self._weights, k=_PICKS if quick else _PICKS // 8)
+            self._reuse = 0
+        self._reuse += 1
         self._picks = iter(self._drawn)
         self._lag_ms = self.rng.randint(3, 9)
         return True
 
     def _burst(self, budget: int) -> int:
         """Move markets until about `budget` messages were made, and send what was subscribed; return the messages."""
-        if self._picked_version != self.world.version:
+        if self._weighed_version != self.world.version:
             self._draw()
         event_ms, send_ms = self.stamp()
         tail = delta_tail(event_ms, send_ms)
         stamp = TradeStamp(event_ms, send_ms)
+        price_tail = ticker_tail(event_ms, send_ms)
         everyone_ticker, everyone_trade = self.everything[TICKER], self.everything[TRADE]
         at_once = _FAST_ACTIONS if not self.rate else 1
         made = 0
@@ -267,7 +286,7 @@ class Engine:
                     made += 1
                 if top_moved and (everyone_ticker or market.ticker_subs):
                     market.position = position
-                    self._ticker(market, event_ms, send_ms, everyone_ticker)
+                    self._ticker(market, price_tail, everyone_ticker)
                     made += 1
             market.position = position
         self.messages += made
@@ -302,11 +321,11 @@ class Engine:
                 sub.keys.append(sub.seq << 24 | sub.key)
                 sub.marks.append(market.index)
 
-    def _ticker(self, market: Market, event_ms: int, send_ms: int, everyone: list[Subscription]) -> None:
-        body = ticker_body(market, event_ms, send_ms)
+    def _ticker(self, market: Market, tail: bytes, everyone: list[Subscription]) -> None:
+        body = market.ticker_message()
         for subs in (everyone, market.ticker_subs):
             for sub in subs:
-                sub.out.append(b'{"type":"ticker","sid":%d%b' % (sub.sid, body))
+                sub.out.append(b'{"type":"ticker","sid":%d%b%b' % (sub.sid, body, tail))
                 sub.keys.append(sub.key)
                 sub.marks.append(market.index)
 

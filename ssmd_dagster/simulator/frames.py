@@ -46,17 +46,10 @@ def delta_tail(event_ms: int, send_ms: int) -> bytes:
     return b',"ts":"%b","ts_ms":%d},"sending_ts_ms":%d}' % (rfc3339_ms(event_ms).encode(), event_ms, send_ms)
 
 
-def ticker_body(market: Market, event_ms: int, send_ms: int) -> bytes:
-    """Return a ticker message from behind its sid to its end."""
-    return b',"msg":{"market_id":"%b","market_ticker":"%b"%b,"ts":%d,"ts_ms":%d,"time":"%b"},"sending_ts_ms":%d}' % (
-        market.market_id.encode(),
-        market.ticker.encode(),
-        market.ticker_part(),
-        event_ms // 1_000,
-        event_ms,
-        rfc3339_ms(event_ms).encode(),
-        send_ms,
-    )
+def ticker_tail(event_ms: int, send_ms: int) -> bytes:
+    """Return what follows the sizes in a ticker message."""
+    return b',"ts":%d,"ts_ms":%d,"time":"%b"},"sending_ts_ms":%d}' % (
+        event_ms // 1_000, event_ms, rfc3339_ms(event_ms).encode(), send_ms)  # fmt: skip
 
 
 class TradeStamp:

@@ -19,7 +19,7 @@ from picows import WSCloseCode, WSFrame, WSListener, WSMsgType, WSTransport
 
 from ssmd_dagster.simulator import indices
 from ssmd_dagster.simulator.faults import Faults, FrameFault, Queued
-from ssmd_dagster.simulator.frames import compact, ticker_body, wire
+from ssmd_dagster.simulator.frames import compact, ticker_tail, wire
 from ssmd_dagster.simulator.playback import Recording
 from ssmd_dagster.simulator.shift import SimulatorClock
 from ssmd_dagster.simulator.truth import TYPE_CODE, TYPES, TruthLog
@@ -558,8 +558,9 @@ class Connection(WSListener):
         for market in added:
             sub.subscribers(market).append(sub)
             if initial and sub.channel == TICKER and market.built:
-                body = ticker_body(market, *self.exchange.stamp())
-                self.put(b'{"type":"ticker","sid":%d%b' % (sub.sid, body), "ticker", sid=sub.sid, market=market.index)
+                tail = ticker_tail(*self.exchange.stamp())
+                payload = b'{"type":"ticker","sid":%d%b%b' % (sub.sid, market.ticker_message(), tail)
+                self.put(payload, "ticker", sid=sub.sid, market=market.index)
 
     def _start_pump(self) -> None:
         if not self._pumping and self._wanted:

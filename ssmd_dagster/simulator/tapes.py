@@ -128,6 +128,7 @@ class Tape:
         self.steps: list[Step] = []
         self.tops: list[Top] = []
         self._books: dict[tuple[int, bool], bytes] = {}
+        self._ticker_parts: dict[int, tuple[bytes, bytes]] = {}
         self._fill(rng)
         self.start = dict(self._yes), dict(self._no)
         for _ in range(STEPS):
@@ -174,6 +175,23 @@ class Tape:
                 text += f',"no_dollars_fp":{levels_json(no, mirrored=yes_scale)}'
             part = self._books[key] = text.encode()
         return part
+
+    def ticker_parts(self, position: int | None, last_price: int, last_count: int) -> tuple[bytes, bytes]:
+        """Return the prices and the sizes of a ticker message; `position` is None for a book without levels."""
+        key = -1 if position is None else position
+        parts = self._ticker_parts.get(key)
+        if parts is None or position is None:
+            top = Top(0, 0, 0, 0, 0, 0, 0, 0) if position is None else self.tops[position]
+            prices = (
+                f',"price_dollars":"{dollars(last_price)}","yes_bid_dollars":"{dollars(top.yes_bid)}"'
+                f',"yes_ask_dollars":"{dollars(ONE_DOLLAR - top.no_bid)}"'
+            )
+            sizes = (
+                f',"yes_bid_size_fp":"{contracts(top.yes_bid_size)}","yes_ask_size_fp":"{contracts(top.no_bid_size)}"'
+                f',"last_trade_size_fp":"{contracts(last_count)}"'
+            )
+            parts = self._ticker_parts[key] = prices.encode(), sizes.encode()
+        return parts
 
     def _fill(self, rng: random.Random) -> None:
         depth = min(40, 1 + int(rng.paretovariate(0.9) * 2))

@@ -31,6 +31,8 @@ _FRAMES = struct.Struct("<IIqqI")
 _DIGEST_BYTES = 32
 _MAX_BODY_BYTES = 256 << 20
 _ROTATE_BYTES = 256 << 20
+KEEP_BYTES = 16 << 30
+"""Beyond this the oldest whole files are removed; the note `pruned` names each."""
 
 TYPES = (
     "",
@@ -87,7 +89,9 @@ class TruthLog:
     Every call writes through to the operating system, so a killed process loses nothing it sent.
     """
 
-    def __init__(self, directory: Path, start_ns: int, names: Mapping[int, str]) -> None:
+    def __init__(
+        self, directory: Path, start_ns: int, names: Mapping[int, str], *, keep_bytes: int = KEEP_BYTES
+    ) -> None:
         if sys.byteorder != "little":
             raise RuntimeError("the truth log is written on little-endian machines only")
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -96,6 +100,7 @@ class TruthLog:
         self._number = 0
         self._named: set[int] = set()
         self._names = names
+        self._keep_bytes = keep_bytes
         self.frames = 0
         self._fd = -1
         self._written = 0
@@ -130,6 +135,7 @@ class TruthLog:
         if self._written > _ROTATE_BYTES:
             os.close(self._fd)
             self._open()
+            self._prune(send_ns)
         fresh = set(markets) - self._named
         if fresh:
             self._named |= fresh
@@ -145,6 +151,16 @@ class TruthLog:
             )
         )
         self._write(b"F", body)
+
+    def _prune(self, at_ns: int) -> None:
+        files = sorted(self._directory.glob("truth-*.bin"))
+        size = sum(path.stat().st_size for path in files)
+        for path in files[:-1]:
+            if size <= self._keep_bytes:
+                return
+            size -= path.stat().st_size
+            path.unlink()
+            self.note("pruned", at_ns, file=path.name)
 
     def note(self, note: str, at_ns: int, **data: Any) -> None:
         """Log something that is not a frame."""

@@ -24,7 +24,8 @@ KEPT_AFTER_SETTLEMENT_S = 26 * 3_600
 JUMP_S = 2 * 86_400
 """A clock that moves further at once makes the world afresh instead of living through every quarter hour between."""
 BACKWARD_S = 1
-_ROUNDS_A_BOOT = 1 << 24
+_ROUNDS_A_BOOT = 1 << 30
+_ROUNDS_A_REMAKE = 1 << 20
 
 
 class Happening(IntEnum):
@@ -112,6 +113,7 @@ class Market:
         "tape",
         "ticker",
         "ticker_bytes",
+        "ticker_head",
         "ticker_subs",
         "trade_head",
         "trade_subs",
@@ -120,7 +122,7 @@ class Market:
     )
 
     def __init__(
-        self, seed: int, boot: int, index: int, number: int, event: Event, plan: MarketPlan, tapes: list[Tape]
+        self, seed: int, first_round: int, index: int, number: int, event: Event, plan: MarketPlan, tapes: list[Tape]
     ):
         self.index = index
         self.number = number
@@ -132,11 +134,12 @@ class Market:
         self.market_id = f"{text[:8]}-{text[8:12]}-4{text[13:16]}-8{text[17:20]}-{text[20:]}"
         self.trade_head = f"{text[20:28]}-{text[28:]}-4{text[13:16]}-8".encode()
         self.ticker_bytes = plan.ticker.encode()
+        self.ticker_head = f',"msg":{{"market_id":"{self.market_id}","market_ticker":"{plan.ticker}"'.encode()
         self.head = f',"msg":{{"market_ticker":"{plan.ticker}","market_id":"{self.market_id}","clock":'.encode()
         self.tape = tapes[min(len(tapes) - 1, plan.centre * len(tapes) // ONE_DOLLAR)]
         self.steps = self.tape.steps
         self.position = int.from_bytes(digest[:4], "little") % self.tape.length
-        self.round = boot * _ROUNDS_A_BOOT
+        self.round = first_round
         self.clock_base = self.round * self.tape.span
         self.volume_base = int.from_bytes(digest[4:7], "little") - self.tape.tops[self.position].volume
         self.dollars_base = self.volume_base * plan.centre
@@ -200,22 +203,25 @@ class Market:
         """Return the contracts traded in all (1e-2)."""
         return self.volume_base + self.tape.tops[self.position].volume if self.built else 0
 
-    def ticker_part(self) -> bytes:
-        """Return the fields of a `ticker` message from the prices to the sizes."""
+    def ticker_message(self) -> bytes:
+        """Return a ticker message from behind its sid to the sizes."""
         top = self.tape.tops[self.position]
+        prices, sizes = self.tape.ticker_parts(self.position if self.live else None, top.last_price, top.last_count)
         volume = self.volume_base + top.volume
         spent = self.dollars_base + top.dollars
-        live = self.live
+        held = volume * 3 // 5
         return (
-            f',"price_dollars":"{dollars(top.last_price)}"'
-            f',"yes_bid_dollars":"{dollars(top.yes_bid if live else 0)}"'
-            f',"yes_ask_dollars":"{dollars(ONE_DOLLAR - top.no_bid if live else ONE_DOLLAR)}"'
-            f',"volume_fp":"{contracts(volume)}","open_interest_fp":"{contracts(volume * 3 // 5)}"'
-            f',"dollar_volume":{spent // 1_000_000},"dollar_open_interest":{spent * 3 // 5_000_000}'
-            f',"yes_bid_size_fp":"{contracts(top.yes_bid_size if live else 0)}"'
-            f',"yes_ask_size_fp":"{contracts(top.no_bid_size if live else 0)}"'
-            f',"last_trade_size_fp":"{contracts(top.last_count)}"'
-        ).encode()
+            b'%b%b,"volume_fp":"%d.%02d","open_interest_fp":"%d.%02d","dollar_volume":%d,"dollar_open_interest":%d%b'
+            % (
+                self.ticker_head,
+                prices,
+                *divmod(volume, 100),
+                *divmod(held, 100),
+                spent // 1_000_000,
+                spent * 3 // 5_000_000,
+                sizes,
+            )
+        )
 
     def row(self) -> bytes:
         """Return the market as REST shows it."""
@@ -359,6 +365,8 @@ class World:
         self._order: list[int] = []
         self._ordered = False
         self.now_s = now_ns // SECOND_NS
+        self.remakes = 0
+        """How often a leap of the clock made the lists afresh."""
         self.version = 0
         """Rises whenever the set of open markets changes."""
         self._make()
@@ -394,6 +402,7 @@ class World:
         now_s = now_ns // SECOND_NS
         if now_s < self.now_s - BACKWARD_S or now_s > self.now_s + JUMP_S:
             self.now_s = now_s
+            self.remakes += 1
             self._make()
             return []
         if now_s <= self.now_s:
@@ -445,11 +454,17 @@ class World:
                 self._enter(market)
             self.allotted[plan.series] = len(market_plans)
             self.events[event.ticker] = event
+        for market in kept.values():
+            if market.ticker not in self.markets and market.live:
+                # Clients may still hold it; whoever asks sees an empty book.
+                market.closing_clock = market.clock + 1
         self.version += 1
 
     def _new_market(self, number: int, event: Event, plan: MarketPlan) -> Market:
         tapes = self._tapes[event.plan.series.grid.name]
-        market = Market(self.seed, self.boot, self._next_index, number, event, plan, tapes)
+        # No market ever begins where one of the same name has been before, whatever was done to the clock.
+        first_round = self.boot * _ROUNDS_A_BOOT + self.remakes * _ROUNDS_A_REMAKE
+        market = Market(self.seed, first_round, self._next_index, number, event, plan, tapes)
         self.names[self._next_index] = plan.ticker
         self._next_index += 1
         return market

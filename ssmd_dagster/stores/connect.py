@@ -49,14 +49,13 @@ class SimulatorAddress(msgspec.Struct, frozen=True):
 class Stack(msgspec.Struct, frozen=True, omit_defaults=True):
     """Addresses of the running embedded stack (`$SSMD_HOME/stack.json`); no secrets. None or missing: not part of it.
 
-    `simulators` and `gateways` (a port) are by environment.
+    `simulators` are by environment.
     """
 
     nats: str | None = None
     cache: str | None = None
     simulators: dict[str, SimulatorAddress] = {}
     dagster: str | None = None
-    gateways: dict[str, int] = {}
 
 
 def read_stack(home: Path) -> Stack:

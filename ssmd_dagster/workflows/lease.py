@@ -15,6 +15,7 @@ from ssmd_dagster.workflows.desk import Desk, Progress, actor_of
 
 RENEWALS_PER_TTL = 3
 LOOKS_PER_TTL = 20
+CANCEL_AGAIN_S = 0.1
 
 _log = logging.getLogger(__name__)
 
@@ -35,9 +36,10 @@ class Lease:
 
     async def release(self) -> None:
         """Stop renewing and give the lease back."""
-        if self._renewing is not None:
+        # A cancellation can get lost in `asyncio.wait_for` (before Python 3.12), which the client uses.
+        while self._renewing is not None and not self._renewing.done():
             self._renewing.cancel()
-            await asyncio.gather(self._renewing, return_exceptions=True)
+            await asyncio.wait({self._renewing}, timeout=CANCEL_AGAIN_S)
         with contextlib.suppress(UnreachableError):  # it ends by itself after its TTL
             await self._desk.stores.cache.release(self._date, self._desk.owner)
 

@@ -8,11 +8,16 @@ from collections.abc import Iterator
 
 import pytest
 
+from ssmd_dagster.defs import resources
 from ssmd_dagster.defs.resources import Background
 from ssmd_dagster.errors import RefusedError
 from ssmd_dagster.workflows.desk import Progress, report_nothing
 
 NOTE = Progress("note", "start", "2026-01-01", "connector", "Starting connector")
+
+
+class InterruptedRun(BaseException):
+    """As Dagster's own, which is no `Exception` either."""
 
 
 @pytest.fixture
@@ -75,10 +80,6 @@ def test_a_failure_is_raised_where_it_was_asked_for(background: Background) -> N
 
 def test_interrupted_work_is_cancelled_and_may_tidy_up(background: Background) -> None:
     """An interruption of the waiting thread cancels the work, waits until it has tidied up, and shows what it said."""
-
-    class InterruptedRun(BaseException):
-        """As Dagster's own, which is no `Exception` either."""
-
     seen: list[str] = []
 
     async def work() -> None:
@@ -97,3 +98,24 @@ def test_interrupted_work_is_cancelled_and_may_tidy_up(background: Background) -
     with pytest.raises(InterruptedRun):
         background.run(work(), show)
     assert seen == ["Starting connector", "tidied up"]
+
+
+def test_a_cancellation_that_got_lost_is_said_again(background: Background, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work that swallows a cancellation, as `asyncio.wait_for` can, is cancelled again."""
+    monkeypatch.setattr(resources, "CANCEL_AGAIN_S", 0.05)
+    swallowed: list[str] = []
+
+    async def work() -> None:
+        background.report(NOTE)
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            swallowed.append("once")
+        await asyncio.sleep(60)
+
+    def show(_progress: Progress) -> None:
+        raise InterruptedRun
+
+    with pytest.raises(InterruptedRun):
+        background.run(work(), show)
+    assert swallowed == ["once"]

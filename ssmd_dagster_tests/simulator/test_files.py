@@ -64,6 +64,20 @@ def test_the_log_begins_another_file_when_one_is_large(tmp_path: Path, monkeypat
         assert all(entry.market == "A" for entry in truth.read_file(path) if isinstance(entry, Frame))
 
 
+def test_the_log_does_not_grow_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The oldest whole files go, and the log says which; the newest frames are there."""
+    monkeypatch.setattr(truth, "_ROTATE_BYTES", 1_000)
+    log = TruthLog(tmp_path, 1, {}, keep_bytes=5_000)
+    for number in range(500):
+        log.sent(1, number, 0, 0, [number << 24], [0], [bytes(32)])
+    log.close()
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 8_000
+    entries = list(read_truth(tmp_path))
+    assert [entry.note for entry in entries if isinstance(entry, Note)].count("pruned") >= 2
+    frames = [entry.seq for entry in entries if isinstance(entry, Frame)]
+    assert frames == list(range(frames[0], 500))
+
+
 def test_trades_are_listed_newest_first_by_page_and_window(tmp_path: Path) -> None:
     """Pages join without a hole or a repetition, by ticker and by time, and over a restart."""
     book = TradeBook(tmp_path)

@@ -200,6 +200,19 @@ async def test_a_filter_may_name_a_market_that_is_not_listed_yet(exchange: Runni
     await client.until(lambda frame: frame["type"] == "orderbook_delta")
 
 
+async def test_a_leap_in_time_shows_all_books_again(exchange: Running) -> None:
+    """A client's books are right again after the clock was set back by days: every subscribed book is shown."""
+    client = await exchange.connect()
+    tickers = [*await exchange.open_tickers("KXBTCD", 3), *await exchange.open_tickers("KXBTC15M", 1)]
+    await client.subscribe("orderbook_delta", market_tickers=tickers)
+    await client.wait(lambda: len(client.of("orderbook_delta")) > 50)
+    await exchange.post("/sim/clock", advance_s=-5 * 86_400)
+    await client.wait(lambda: len(client.of("orderbook_snapshot")) >= 2 * len(tickers))
+    shown = client.of("orderbook_snapshot")[len(tickers) :]
+    assert [frame["msg"]["market_ticker"] for frame in shown] == tickers
+    assert all(set(frame["msg"]) == {"market_ticker", "market_id", "clock"} for frame in shown[:3])
+
+
 @pytest.mark.parametrize("path", ["/sim/status", "/sim/truth"])
 async def test_the_control_surface_says_what_goes_on(exchange: Running, path: str) -> None:
     """Counts and places can be asked for."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import random
 import time
 from functools import partial
 from pathlib import Path
@@ -270,6 +271,50 @@ async def test_wrong_commands_get_their_code(exchange: Running, raw: str, code: 
     assert error["msg"]["code"] == code
     assert isinstance(error["msg"]["msg"], str)
     await client.subscribe("trade")
+
+
+async def test_no_nonsense_ends_a_connection(tmp_path: Path) -> None:
+    """Whatever a client sends, it gets answers or silence, and the exchange lives on."""
+    rng = random.Random(1)
+    values: list[Any] = [
+        None,
+        True,
+        -1,
+        0,
+        1,
+        2.5,
+        10**30,
+        "",
+        "trade",
+        "KXBTCD",
+        [],
+        ["trade"],
+        [1],
+        [None],
+        {},
+        {"a": 1},
+    ]
+    keys = ["id", "cmd", "params"]
+    names = ["channels", "market_tickers", "market_ticker", "market_ids", "sids", "sid", "action", "index_ids"]
+    actions = ["subscribe", "unsubscribe", "update_subscription", "list_subscriptions"]
+    async with running(tmp_path, limits={"answer_delay_s": 0.0}) as exchange:
+        client = await exchange.connect()
+        for raw in ("[" * 100_000, '{"a":' * 100_000, "\ud800", "{}", "[]", "1e999", "\x00"):
+            await client.socket.send_str(raw.encode("utf-8", "replace").decode())
+        await client.socket.send_bytes(b"\xff\xfe")
+        for _ in range(400):
+            told: dict[str, Any] = {key: rng.choice(values) for key in rng.sample(keys, rng.randint(0, 3))}
+            if rng.random() < 0.8:
+                told["cmd"] = rng.choice(actions)
+                told["params"] = {name: rng.choice(values) for name in rng.sample(names, rng.randint(0, 5))}
+                if rng.random() < 0.3:
+                    told["params"]["channels"] = [rng.choice(["trade", "orderbook_delta", "ticker", 7, "pyth_value"])]
+            await client.socket.send_json(told)
+        last = await client.send("list_subscriptions")
+        assert last == 1
+        await client.socket.send_json({"id": 987_654, "cmd": "list_subscriptions"})
+        assert (await client.answer(987_654))["type"] == "ok"
+        assert not client.ended
 
 
 async def test_wrong_updates_are_scoped_and_take_a_seq(exchange: Running) -> None:

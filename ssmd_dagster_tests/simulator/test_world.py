@@ -138,10 +138,12 @@ def test_going_back_and_forth_keeps_clocks_and_trades_apart() -> None:
     before = market.clock, market.trade_id()
     market.closing_clock = market.clock + 1
     world.advance(NOON_NS + 5 * DAY_NS)
+    assert market.ticker not in world.markets
     world.advance(NOON_NS)
     again = world.markets[market.ticker]
     assert again.market_id == market.market_id
-    assert again.clock >= before[0]
+    assert again.clock > before[0]
+    assert again.trade_id() != before[1]
 
 
 def test_clocks_rise_over_restarts() -> None:
