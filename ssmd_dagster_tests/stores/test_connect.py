@@ -120,12 +120,11 @@ def test_stack_files_are_read_and_damaged_ones_refused(tmp_path: Path) -> None:
     path = tmp_path / "stack.json"
     path.write_text(
         '{"nats":"nats://127.0.0.1:5","simulators":{"kalshi-sim":{"endpoint":"ws://a","rest_endpoint":"http://a"}},'
-        '"gateways":{"kalshi-sim":8081},"dagster":"http://127.0.0.1:3000","later":1}'
+        '"dagster":"http://127.0.0.1:3000","later":1}'
     )
     assert read_stack(tmp_path) == Stack(
         nats="nats://127.0.0.1:5",
         simulators={"kalshi-sim": SimulatorAddress("ws://a", "http://a")},
-        gateways={"kalshi-sim": 8081},
         dagster="http://127.0.0.1:3000",
     )
     path.write_text("{")
