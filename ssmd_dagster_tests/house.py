@@ -10,8 +10,10 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import yaml
 
@@ -23,7 +25,6 @@ SIMULATED: dict[str, Any] = {
     "feed": "kalshi",
     "schema": "trade:v1",
     "first_day": "2025-12-01",
-    "schedule": {"timezone": "UTC", "day_start": "00:10", "day_end": "00:00", "auto_roll": True},
     "capture": {
         "channels": ["trade", "ticker", "orderbook_delta", "market_lifecycle_v2"],
         "markets": {"all": True, "mve": "exclude", "max": 20000},
@@ -45,6 +46,7 @@ class House:
     home: Path
     exchanges: Path
     variables: dict[str, str] = field(default_factory=dict)
+    timezone: ZoneInfo = field(default_factory=lambda: noon_somewhere())
 
     @classmethod
     def build(cls, folder: Path) -> House:
@@ -67,9 +69,10 @@ class House:
         settings: dict[str, Any] = {
             **SIMULATED,
             "name": name,
+            "schedule": {"timezone": self.timezone.key, "day_start": "00:10", "day_end": "00:00", "auto_roll": True},
             "keys": {"kalshi": {"source": "env", "fields": fields}},
             "storage": {"type": "local", "buckets": {"raw": f"raw-{name}", "normalized": f"normalized-{name}"}},
-            **({"simulator": simulator} if simulator is not None else {}),
+            **({"simulator": {"pauses": False, **simulator}} if simulator is not None else {}),
             **changes,
         }
         text = yaml.safe_dump({key: value for key, value in settings.items() if value is not None}, sort_keys=False)
@@ -118,9 +121,19 @@ class House:
         """Take everything down."""
         self.ssmd("down")
 
+    def today(self) -> str:
+        """Return the trading day that the environments of this house are in."""
+        return datetime.now(self.timezone).date().isoformat()
+
     def day(self, env: str, date: str) -> dict[str, Any]:
         """Return `ssmd day show` as JSON."""
         return self.json("day", "show", env, date)
+
+
+def noon_somewhere() -> ZoneInfo:
+    """Return a zone in which it is about noon, so that no test meets midnight."""
+    ahead = 12 - datetime.now(UTC).hour
+    return ZoneInfo("Etc/GMT" if ahead == 0 else f"Etc/GMT{-ahead:+d}")
 
 
 def until(condition: Callable[[], Any], timeout_s: float = 30.0) -> Any:

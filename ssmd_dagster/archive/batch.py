@@ -23,7 +23,7 @@ import zstandard
 from ssmd_dagster.errors import SsmdError
 
 MAX_RECORDS_BYTES = 96 << 20
-"""Most bytes of records in one batch: a 64 MiB frame with every byte escaped stays below it. Readers refuse more."""
+"""Most bytes of records in one batch: a 64 MiB frame as base64 stays below it. Readers refuse more."""
 MAX_HEADER_BYTES = 1 << 20
 ZSTD_LEVEL = 3
 

@@ -1,8 +1,9 @@
 """One thing received, as one JSON line: the frame's own text with its receive time and ordinal, nothing interpreted.
 
 A line is `{"n":17,"recv_ns":…,"wire":{…},"pad":["","\\n"]}`. `wire` is the frame byte for byte where it is JSON
-without line breaks; what is not becomes `wire_text` (a JSON string) or, if it is not UTF-8, `wire_b64`. What the
-recorder itself says stands in `note`. `payload_of` gives back exactly the bytes that came off the socket.
+without line breaks; what is not becomes `wire_text` (a JSON string) or, if it is not UTF-8 or escapes would swell it
+beyond what a batch may hold, `wire_b64`. What the recorder itself says stands in `note`. `payload_of` gives back exactly the
+bytes that came off the socket.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ from typing import Any
 import msgspec
 
 _WHITE_SPACE = b" \t\n\r"
+_MAX_PAD_BYTES = 4096
+_MAX_TEXT_BYTES = 80 << 20
+"""Control characters take six bytes when they are escaped; base64 takes four for three, whatever they are."""
 _encode = msgspec.json.encode
 
 
@@ -45,23 +49,32 @@ def is_plain_json(body: bytes) -> bool:
 
 
 def wire_line(n: int, recv_ns: int, payload: bytes, *, checked: bool = False) -> bytes:
-    """Return the line of one frame. `checked` says that the caller has seen `payload` to be valid JSON already.
+    """Return the line of one frame. `checked` says that the caller has seen `payload` to be one valid JSON object already.
 
     Frames with bytes beyond ASCII or with escapes are looked at again in any case: a shallow parse does not see
     broken UTF-8 or half a surrogate pair inside a string.
     """
+    if checked and payload.isascii() and b"\\" not in payload and b"\r" not in payload and payload[:1] == b"{":
+        # What nearly every frame is: one object on one line, with or without a line break behind it.
+        line_break = payload.find(b"\n")
+        if line_break < 0 and payload.endswith(b"}"):
+            return b'{"n":%d,"recv_ns":%d,"wire":%b}\n' % (n, recv_ns, payload)
+        if line_break == len(payload) - 1 and payload.endswith(b"}\n"):
+            return b'{"n":%d,"recv_ns":%d,"wire":%b,"pad":["","\\n"]}\n' % (n, recv_ns, payload[:-1])
     body = payload.strip(_WHITE_SPACE)
-    plain = checked and body.isascii() and b"\n" not in body and b"\r" not in body and b"\\u" not in body
-    if plain or is_plain_json(body):
+    if len(payload) - len(body) <= _MAX_PAD_BYTES and is_plain_json(body):
         if len(body) == len(payload):
             return b'{"n":%d,"recv_ns":%d,"wire":%b}\n' % (n, recv_ns, body)
         start = payload.index(body)
         pad = _encode((payload[:start].decode(), payload[start + len(body) :].decode()))
         return b'{"n":%d,"recv_ns":%d,"wire":%b,"pad":%b}\n' % (n, recv_ns, body, pad)
     try:
-        return b'{"n":%d,"recv_ns":%d,"wire_text":%b}\n' % (n, recv_ns, _encode(payload.decode("utf-8")))
+        text = _encode(payload.decode("utf-8"))
     except UnicodeDecodeError:
-        return b'{"n":%d,"recv_ns":%d,"wire_b64":"%b"}\n' % (n, recv_ns, base64.b64encode(payload))
+        text = None
+    if text is not None and len(text) <= _MAX_TEXT_BYTES:
+        return b'{"n":%d,"recv_ns":%d,"wire_text":%b}\n' % (n, recv_ns, text)
+    return b'{"n":%d,"recv_ns":%d,"wire_b64":"%b"}\n' % (n, recv_ns, base64.b64encode(payload))
 
 
 def note_line(n: int, recv_ns: int, note: dict[str, Any]) -> bytes:

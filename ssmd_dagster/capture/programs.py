@@ -9,6 +9,7 @@ from ssmd_dagster.capture.supervisor import Program
 from ssmd_dagster.environments.home import exchanges_dir
 from ssmd_dagster.environments.models import Environment
 
+ARCHIVER = "archiver"
 LIVE = "live"
 """Stands for the date in the heartbeat of what outlives days: the gateway."""
 
@@ -23,6 +24,11 @@ def connector_names(env: Environment) -> tuple[str, ...]:
     return tuple(f"connector-{shard}" for shard in "ab"[: env.capture.connections])
 
 
+def day_components(env: Environment) -> tuple[str, ...]:
+    """Return every component that a running day must hear from."""
+    return (*connector_names(env), ARCHIVER)
+
+
 def day_programs(setting: Setting, date: str) -> list[Program]:
     """Return the programs of one trading day: its connectors and its archiver."""
     name = setting.env.name
@@ -30,7 +36,7 @@ def day_programs(setting: Setting, date: str) -> list[Program]:
         _python(component, "connector", name, date, component.removeprefix("connector-"))
         for component in connector_names(setting.env)
     ]
-    return [*connectors, _python("archiver", "archiver", name, date)]
+    return [*connectors, _python(ARCHIVER, "archiver", name, date)]
 
 
 def audit_program(setting: Setting, date: str) -> Program:

@@ -21,6 +21,7 @@ from ssmd_dagster.exchange import OTHER, SESSION, Envelope
 MAX_BATCH_RECORDS = 1_000
 MAX_BATCH_BYTES = 4 << 20
 MAX_FRAME_BYTES = 64 << 20
+"""A larger frame is not recorded; a note with its size and SHA-256 stands in its place."""
 
 
 class Unsealed(msgspec.Struct, frozen=True):
@@ -77,22 +78,26 @@ class _Buffer:
 
     __slots__ = (
         "batch",
+        "channel",
         "interval",
         "interval_first",
         "interval_records",
         "lines",
         "n_first",
+        "n_last",
         "recv_first_ns",
+        "recv_last_ns",
         "seqs",
         "size",
     )
 
-    def __init__(self) -> None:
+    def __init__(self, channel: str) -> None:
+        self.channel = channel
         self.batch = 0
         self.lines: list[bytes] = []
         self.size = 0
-        self.n_first = 0
-        self.recv_first_ns = 0
+        self.n_first = self.n_last = 0
+        self.recv_first_ns = self.recv_last_ns = 0
         self.seqs: dict[int, list[int]] = {}
         self.interval = hashlib.sha256()
         self.interval_first: int | None = None
@@ -102,8 +107,8 @@ class _Buffer:
 class Recorder:
     """The `FrameSink` of one connection's life.
 
-    `on_flush` is called on the event loop with every flush, in order; `on_data` (may be None) with each frame after it
-    was recorded, and `on_end` once, when the socket is gone. Counters are plain attributes for the heartbeat.
+    `on_flush` is called on the event loop with every flush, in order, and `on_end` once, when the socket is gone and the
+    last flush has been handed over. Counters are plain attributes for the heartbeat.
     """
 
     def __init__(
@@ -129,8 +134,6 @@ class Recorder:
         self._on_flush = on_flush
         self._on_end = on_end
         self._buffers: dict[str, _Buffer] = {}
-        self._last_n: dict[str, int] = {}
-        self._last_recv_ns: dict[str, int] = {}
 
     def on_frame(self, recv_ns: int, payload: bytes, envelope: Envelope | None) -> None:
         """Record one frame as it came."""
@@ -139,11 +142,15 @@ class Recorder:
         self.last_frame_ns = recv_ns
         if envelope is None:
             self.odd_frames += 1
-            self._add(OTHER, recv_ns, wire_line(self.n, recv_ns, payload), None, None)
+            channel, sid, seq = OTHER, None, None
         else:
-            channel = self._channel_of_type.get(envelope.type, OTHER)
-            line = wire_line(self.n, recv_ns, payload, checked=True)
-            self._add(channel, recv_ns, line, envelope.sid, envelope.seq)
+            channel, sid, seq = self._channel_of_type.get(envelope.type, OTHER), envelope.sid, envelope.seq
+        if len(payload) > MAX_FRAME_BYTES:
+            sha256 = hashlib.sha256(payload).hexdigest()
+            self.note({"event": "oversized", "channel": channel, "bytes": len(payload), "sha256": sha256})
+            return
+        line = wire_line(self.n, recv_ns, payload, checked=envelope is not None)
+        self._add(channel, recv_ns, line, sid, seq)
 
     def on_ping(self, recv_ns: int) -> None:
         """Take note of a sign of life; it is no record."""
@@ -151,13 +158,17 @@ class Recorder:
 
     def on_closed(self, recv_ns: int, reason: str) -> None:
         """Record that the socket is gone, with the last interval notes, and hand over what is left."""
-        self.ended = reason
         self.note({"event": "disconnected", "reason": reason})
         self.note_interval()
+        self.ended = reason
         self._on_end(reason)
 
     def note(self, note: dict[str, Any]) -> None:
-        """Record something that the recorder itself has to say, in the channel `session`."""
+        """Record something that the recorder itself has to say, in the channel `session`.
+
+        Not once the connection has ended: its last record is the interval note about `session`.
+        """
+        assert self.ended is None, f"{self.origin.conn} has ended: {note}"
         now_ns = self._clock()
         self._add(SESSION, now_ns, note_line(self.n, now_ns, note), None, None)
 
@@ -178,7 +189,7 @@ class Recorder:
             interval = Interval(
                 channel,
                 buffer.interval_first,
-                self._last_n[channel],
+                buffer.n_last,
                 buffer.interval_records,
                 buffer.interval.hexdigest(),
             )
@@ -189,21 +200,26 @@ class Recorder:
     def _add(self, channel: str, recv_ns: int, line: bytes, sid: int | None, seq: int | None) -> None:
         buffer = self._buffers.get(channel)
         if buffer is None:
-            buffer = self._buffers[channel] = _Buffer()
+            buffer = self._buffers[channel] = _Buffer(channel)
+        size = buffer.size + len(line)
+        if size > MAX_BATCH_BYTES and buffer.lines:
+            self.flush()
+            size = len(line)
         n = self.n
         self.n = n + 1
-        if not buffer.lines:
+        lines = buffer.lines
+        if not lines:
             buffer.n_first, buffer.recv_first_ns = n, recv_ns
-        buffer.lines.append(line)
-        buffer.size += len(line)
-        self._last_n[channel], self._last_recv_ns[channel] = n, recv_ns
+        lines.append(line)
+        buffer.size = size
+        buffer.n_last, buffer.recv_last_ns = n, recv_ns
         if seq is not None and sid is not None:
             seqs = buffer.seqs.get(sid)
             if seqs is None:
                 buffer.seqs[sid] = [seq]
             else:
                 seqs.append(seq)
-        if len(buffer.lines) >= MAX_BATCH_RECORDS or buffer.size >= MAX_BATCH_BYTES:
+        if len(lines) >= MAX_BATCH_RECORDS or size >= MAX_BATCH_BYTES:
             self.flush()
 
     def flush(self) -> None:
@@ -220,9 +236,9 @@ class Recorder:
                     buffer.batch,
                     records,
                     buffer.n_first,
-                    self._last_n[channel],
+                    buffer.n_last,
                     buffer.recv_first_ns,
-                    self._last_recv_ns[channel],
+                    buffer.recv_last_ns,
                     buffer.seqs,
                     block,
                 )

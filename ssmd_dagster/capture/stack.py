@@ -29,6 +29,7 @@ from ssmd_dagster.environments.home import dagster_dir, project_dir, simulator_d
 from ssmd_dagster.environments.models import Environment
 from ssmd_dagster.environments.secrets import add_secrets, load_secrets
 from ssmd_dagster.errors import ConfigurationError, RefusedError, SsmdError, UnreachableError
+from ssmd_dagster.simulator.main import command
 from ssmd_dagster.stores import embedded
 from ssmd_dagster.stores.connect import SimulatorAddress, connect
 from ssmd_dagster.stores.embedded import HOST, EmbeddedStack
@@ -351,18 +352,18 @@ def _simulator_part(environment: Environment, home: Path, stack: EmbeddedStack, 
     ws_port, rest_port = stack.ports[f"{name}-ws"], stack.ports[f"{name}-rest"]
     folder = simulator_dir(home, environment.name)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    options = {
-        "--home": folder,
-        "--ws-port": ws_port,
-        "--rest-port": rest_port,
-        "--seed": settings.seed,
-        "--markets": settings.markets,
-        "--rate": f"{settings.rate_per_second:g}",
-    }
-    command = [*_PYTHON, "-m", "ssmd_dagster.simulator", *(str(word) for pair in options.items() for word in pair)]
+    line = command(
+        home=folder,
+        ws_port=ws_port,
+        rest_port=rest_port,
+        seed=settings.seed,
+        markets=settings.markets,
+        rate=settings.rate_per_second,
+        pauses=settings.pauses,
+    )
     return _Part(
         program=Program(
-            name=name, command=tuple(command), environment={"SSMD_HOME": str(home), "SSMD_EXCHANGES": str(exchanges)}
+            name=name, command=tuple(line), environment={"SSMD_HOME": str(home), "SSMD_EXCHANGES": str(exchanges)}
         ),
         probe=partial(_answers_ok, f"http://{HOST}:{rest_port}/sim/status"),
         timeout_s=SERVER_TIMEOUT_S,

@@ -201,7 +201,8 @@ class Paused(msgspec.Struct, frozen=True, kw_only=True):
 class Book(msgspec.Struct, frozen=True, kw_only=True):
     """All days of one environment.
 
-    `current` is the date of the latest live start; replays do not move it. `tip_seq` is 0 for an empty journal.
+    `current` is the live day that runs or was started last: in a roll it moves when the new day becomes ACTIVE. Replays
+    do not move it. `tip_seq` is 0 for an empty journal.
     """
 
     env: str | None = None
@@ -348,11 +349,21 @@ def fold(events: Iterable[tuple[int, DayEvent]], onto: Book = EMPTY_BOOK) -> Boo
             paused = None
         else:
             day = days[event.date] = fold_day(days.get(event.date), event, seq)
-            if event.event is EventName.START_REQUESTED and day.mode == "live":
+            if _becomes_current(day, event.event, days.get(current or "")):
                 current = event.date
     return Book(env=env, days=days, current=current, paused=paused, tip_seq=tip_seq)
 
 
+def _becomes_current(day: TradingDay, event: EventName, before: TradingDay | None) -> bool:
+    """Say whether a live day becomes the current one: as it starts, or, where another one still runs, once it is ACTIVE."""
+    if day.mode != "live":
+        return False
+    if event is EventName.STARTED:
+        return True
+    return event is EventName.START_REQUESTED and (before is None or before.state not in _RUNNING)
+
+
+_RUNNING = frozenset({DayState.ACTIVE, DayState.ERROR})
 _DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}\Z")
 
 

@@ -52,8 +52,8 @@ def faults_job(registry: Registry) -> dg.JobDefinition:
     @dg.graph(
         name="broken_configuration",
         description=f"Not everything in {registry.directory} can be used. Left out: "
-        f"{', '.join(sorted(registry.broken)) or 'no environment'}.\n\n{faults}\n\nCorrect that, launch this job to see "
-        "what is left, then reload the code location.",
+        f"{', '.join(sorted(registry.broken)) or 'no environment'}.\n\n{faults}\n\nCorrect that and launch this job "
+        "to see what is left; Dagster has all environments once its code server is started again.",
     )
     def show() -> None:
         ops.check_configuration()

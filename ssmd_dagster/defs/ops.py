@@ -136,7 +136,7 @@ def check_configuration(context: dg.OpExecutionContext) -> None:
             },
             allow_retries=False,
         )
-    context.log.info("Nothing is wrong any more. Reload the code location.")
+    context.log.info("Nothing is wrong any more. Dagster has all environments once its code server is started again.")
 
 
 def _log_progress(context: dg.OpExecutionContext, progress: Progress) -> None:

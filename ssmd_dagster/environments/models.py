@@ -291,11 +291,15 @@ class S3Storage(Model):
 
 
 class Simulator(Model):
-    """Settings of the embedded exchange. It has the environment's credentials and its own clock."""
+    """Settings of the embedded exchange. It has the environment's credentials and its own clock.
+
+    `pauses`: trading rests on Thursdays from 03:00 to 05:00 Eastern, as at the real exchange.
+    """
 
     seed: int = Field(default=7, ge=0)
     markets: int = Field(default=200, ge=1, le=50_000)
     rate_per_second: float = Field(default=500, gt=0, le=1_000_000)
+    pauses: bool = True
 
 
 KEY_FIELDS: dict[str, frozenset[str]] = {

@@ -239,13 +239,15 @@ class Connection(WSListener):
         """Say goodbye and close."""
         if self._transport is not None and self.open:
             self.flush()
+            self.open = False
             self._transport.send_close(code)
             self._transport.disconnect()
 
     def cut(self) -> None:
         """Break the connection without a word; what the socket still buffers is lost."""
-        if self._transport is not None and self.open:
+        if self._transport is not None:
             self.flush()
+            self.open = False
             self._transport.underlying_transport.abort()
 
     def _later(self, delay_s: float, call: Callable[[], None]) -> asyncio.TimerHandle:

@@ -15,15 +15,17 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from ssmd_dagster.archive.readback import Readback
+from ssmd_dagster.crash_points import reached
 from ssmd_dagster.day.events import StaleEpochError, TradingDay
 from ssmd_dagster.day.ledger import Ledger
-from ssmd_dagster.day.payloads import Failed
+from ssmd_dagster.day.payloads import Failed, GaveUp, Payload
 from ssmd_dagster.day.payloads import Step as StepData
 from ssmd_dagster.day.states import EventName
 from ssmd_dagster.errors import RefusedError, SsmdError, UnreachableError
 from ssmd_dagster.workflows.desk import Desk, Kind, Progress
 from ssmd_dagster.workflows.lease import Lease
 
+TRY_AGAIN_AFTER_S = 2.0
 CLEAN_UP_TIMEOUT_S = 60.0
 """How long tidying up after a failure may take before the failure itself is what is told."""
 
@@ -44,7 +46,8 @@ class Verb(NamedTuple):
 
     `may_begin` returns False where the goal is reached already and raises where the state does not allow the verb, `take`
     appends the event that makes the day this attempt's, `finish` the one that says that it is done, `clean_up` undoes what a
-    failed attempt has started, `failed` names the event of its failure.
+    failed attempt has started, `failed` names the event of its failure; a step that fails for a transient cause is tried `tries`
+    times.
     """
 
     name: str
@@ -54,6 +57,7 @@ class Verb(NamedTuple):
     finish: Callable[[Attempt], Awaitable[TradingDay]]
     clean_up: Callable[[Attempt], Awaitable[None]]
     failed: EventName
+    tries: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +102,9 @@ class Attempt:
             return False
         self._lease = Lease(self.desk, self.date)
         await self._lease.acquire()
+        reached(f"{self.verb.name}.take.before")
         self._day = await self.verb.take(self)
+        reached(f"{self.verb.name}.take.after")
         return True
 
     async def step(self, name: str) -> None:
@@ -117,7 +123,9 @@ class Attempt:
         """Say in the journal that the verb is done and return the day."""
         if not self.already:
             last = self.verb.steps[-1]
+            reached(f"{self.verb.name}.finish.before")
             self._day = await self._guarded(last.name, last.title, self.verb.finish(self))
+            reached(f"{self.verb.name}.finish.after")
         return self.day
 
     async def go(self) -> TradingDay:
@@ -159,9 +167,23 @@ class Attempt:
     async def _run(self, step: Step) -> None:
         self.tell("started", step.name, step.title)
         await self.journal(EventName.STEP_STARTED, StepData(step=step.name))
-        detail = await step.run(self)
+        reached(f"{self.verb.name}.{step.name}.before")
+        detail = await self._tried(step)
+        reached(f"{self.verb.name}.{step.name}.after")
         await self.journal(EventName.STEP_FINISHED, StepData(step=step.name, detail={"text": detail} if detail else {}))
         self.tell("done", step.name, step.title, detail)
+
+    async def _tried(self, step: Step) -> str:
+        """Run a step; a transient failure is tried again `verb.tries` times in all."""
+        for left in reversed(range(self.verb.tries)):
+            try:
+                return await step.run(self)
+            except SsmdError as error:
+                if not error.transient or not left:
+                    raise
+                self.tell("note", step.name, f"{error.what}; trying again")
+                await asyncio.sleep(TRY_AGAIN_AFTER_S)
+        raise AssertionError("a verb tries at least once")
 
     async def _guarded(self, step: str, title: str, work: Awaitable[_T]) -> _T:
         try:
@@ -190,7 +212,16 @@ class Attempt:
                     return
                 with _logged(f"not everything that this {self.verb.name} started is stopped"):
                     await self.verb.clean_up(self)
-                data = Failed(step=step, error=str(error), exit_code=int(error.exit_code), transient=error.transient)
+                data: Payload = Failed(
+                    step=step, error=str(error), exit_code=int(error.exit_code), transient=error.transient
+                )
+                if self.verb.failed is EventName.GAVE_UP:
+                    data = GaveUp(
+                        error=f"{step}: {error}",
+                        attempts=self.verb.tries,
+                        exit_code=int(error.exit_code),
+                        transient=error.transient,
+                    )
                 # Where the journal cannot be told, the day stays as it is and is taken over once the lease is gone.
                 with _logged(f"the failure of {step} is not journaled"):
                     await self.journal(self.verb.failed, data)

@@ -6,14 +6,14 @@ from typing import Any
 
 import msgspec
 
-from ssmd_dagster.capture.archiver import COMPONENT as ARCHIVER
-from ssmd_dagster.capture.programs import connector_names
+from ssmd_dagster.capture.programs import day_components
 from ssmd_dagster.day.events import Book, TradingDay
 from ssmd_dagster.day.ledger import Ledger
 from ssmd_dagster.day.states import DayState
 from ssmd_dagster.errors import NotFoundError
 from ssmd_dagster.stores.cache import DayStats
 from ssmd_dagster.workflows.desk import Desk
+from ssmd_dagster.workflows.recover import troubles
 
 
 class DayView(msgspec.Struct, frozen=True, kw_only=True):
@@ -95,13 +95,10 @@ async def view(desk: Desk, day: TradingDay) -> DayView:
     stats = await desk.stores.cache.stats(day.date) if running else None
     components = await desk.stores.cache.heartbeats(day.date) if running else {}
     state, error = day.state, day.error
-    if day.state is DayState.ACTIVE:
-        gone = [name for name in (*connector_names(desk.setting.env), ARCHIVER) if name not in components]
-        troubled = [f"{name}: {beat['error']}" for name, beat in components.items() if beat.get("error")]
-        if gone:
-            state, error = DayState.ERROR, "; ".join([*(f"{name} gives no heartbeat" for name in gone), *troubled])
-        elif troubled:
-            error = "; ".join(troubled)
+    if day.state is DayState.ACTIVE and (found := troubles(desk.setting.env, components)):
+        error = "; ".join(found)
+        if any(name not in components for name in day_components(desk.setting.env)):
+            state = DayState.ERROR
     counted = stats.messages if stats is not None else 0
     return DayView(
         day=day,

@@ -354,6 +354,8 @@ def test_current_follows_live_starts_only() -> None:
     log.add(EventName.DEFINED, date="2025-12-15")
     assert log.book.current == DATE
     log.add(EventName.START_REQUESTED, date="2025-12-15")
+    assert log.book.current == DATE  # which still runs
+    log.add(EventName.STARTED, date="2025-12-15")
     assert log.book.current == "2025-12-15"
 
 

@@ -11,11 +11,13 @@ import dagster as dg
 import pytest
 
 from ssmd_dagster.capture.archiver import COMPONENT as ARCHIVER
+from ssmd_dagster.day.events import StaleEpochError
 from ssmd_dagster.defs.build import build_definitions
+from ssmd_dagster.defs.resources import DaySession
 from ssmd_dagster.environments.home import segments_dir
 from ssmd_dagster.environments.loader import load_registry
 from ssmd_dagster.workflows import start
-from ssmd_dagster.workflows.desk import Desk
+from ssmd_dagster.workflows.desk import Desk, report_nothing
 from ssmd_dagster_tests.house import House, until
 
 START_STEPS = ["secmaster", "connector", "archiver", "gateway", "health"]
@@ -207,6 +209,25 @@ def test_a_run_that_stops_between_two_steps_fails_its_day(in_house: House, simul
     left = in_house.day(simulated, day)
     assert (left["state"], left["error"]) == ("FAILED", "interrupted before secmaster")
     assert run(simulated, "start", day).success
+    in_house.ssmd("day", "end", simulated)
+
+
+@pytest.mark.parametrize("ending", ["it goes on", "it stops"])
+def test_a_run_whose_day_was_taken_by_another_leaves_it_alone(in_house: House, simulated: str, ending: str) -> None:
+    """A run that has lost its lease neither goes on nor stops anything once another attempt has the day."""
+    day = today()
+    late = DaySession(simulated, "late", rolls=False)
+    attempt = late.begin("start", day, report_nothing)
+    late._background.run(attempt.close(), report_nothing)  # as if its lease had run out
+    assert run(simulated, "start", day).success
+    active = in_house.day(simulated, day)
+    if ending == "it goes on":
+        with pytest.raises(StaleEpochError):
+            late.step("start", day, "connector", report_nothing)
+    late.close(report_nothing)
+    after = in_house.day(simulated, day)
+    assert (after["state"], after["epoch"]) == ("ACTIVE", active["epoch"])
+    assert after["components"].keys() >= {"archiver"}
     in_house.ssmd("day", "end", simulated)
 
 

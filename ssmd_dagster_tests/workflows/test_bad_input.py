@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-from datetime import UTC, datetime, timedelta
+from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,8 @@ from ssmd_dagster_tests.servers import free_port
 TICKERS = {"channels": ["trade"], "markets": {"tickers": ["KXBTCD-26FEB07-T98249.99", "KX ODD/*>.TICKER"]}}
 
 
-def _today() -> str:
-    return datetime.now(UTC).date().isoformat()
-
-
 def _last_event(house: House, env: str) -> dict[str, Any]:
-    day = house.day(env, _today())
+    day = house.day(env, house.today())
     return {"state": day["state"], "step": day["failed_step"], "error": day["error"]}
 
 
@@ -48,7 +44,7 @@ def test_what_does_not_exist_or_cannot_be_is_refused_with_its_exit_code(
     house: House, idle: str, arguments: tuple[str, ...], code: int, words: str
 ) -> None:
     """Unknown environments and dates, dates outside the calendar, and verbs that the state does not allow."""
-    yesterday = (datetime.now(UTC).date() - timedelta(days=1)).isoformat()
+    yesterday = (date.fromisoformat(house.today()) - timedelta(days=1)).isoformat()
     filled = [word.replace("ENV", idle).replace("YESTERDAY", yesterday) for word in arguments]
     done = house.ssmd(*filled, check=code)
     assert words.replace("YESTERDAY", yesterday) in done.stderr
@@ -167,14 +163,14 @@ def test_a_day_that_is_being_started_is_refused_and_taken_over_once_its_starter_
     finally:
         os.killpg(first.pid, signal.SIGKILL)
         first.communicate()
-    before = house.day(simulated, _today())
+    before = house.day(simulated, house.today())
     taken = house.ssmd("day", "start", simulated)
     assert "nobody is at work on it" in taken.stderr
-    day = house.day(simulated, _today())
+    day = house.day(simulated, house.today())
     assert day["state"] == "ACTIVE"
     assert day["epoch"] > before["epoch"]
     house.ssmd("day", "end", simulated)
-    assert house.day(simulated, _today())["state"] == "COMPLETE"
+    assert house.day(simulated, house.today())["state"] == "COMPLETE"
 
 
 def test_an_object_that_is_already_there_is_never_overwritten(house: House, env_name: str) -> None:
@@ -189,13 +185,13 @@ def test_an_object_that_is_already_there_is_never_overwritten(house: House, env_
             capture=TICKERS,
         )
         house.up(env_name)
-        folder = house.home / "objects" / f"raw-{env_name}" / "kalshi" / _today().replace("-", "/")
+        folder = house.home / "objects" / f"raw-{env_name}" / "kalshi" / house.today().replace("-", "/")
         folder.mkdir(parents=True)
         foreign = folder / "trades-00.jsonl.zst"
         foreign.write_bytes(b"somebody else's")
         done = house.ssmd("day", "start", env_name, check=None)
         assert done.returncode != 0
-        assert "trades-00" in done.stderr + str(house.day(env_name, _today())["error"])
+        assert "trades-00" in done.stderr + str(house.day(env_name, house.today())["error"])
         assert foreign.read_bytes() == b"somebody else's"
         foreign.unlink()
         house.ssmd("day", "start", env_name)
@@ -205,9 +201,9 @@ def test_an_object_that_is_already_there_is_never_overwritten(house: House, env_
 def test_a_spoilt_archive_keeps_the_day_from_being_complete(house: House, simulated: str) -> None:
     """A flipped bit in a stored segment: exit code 6, the segment is named, and the day is FAILED until it is mended."""
     house.ssmd("day", "start", simulated)
-    until(lambda: house.day(simulated, _today())["messages"] > 200)
+    until(lambda: house.day(simulated, house.today())["messages"] > 200)
     house.ssmd("day", "end", simulated)
-    folder = Path(house.day(simulated, _today())["archive"])
+    folder = Path(house.day(simulated, house.today())["archive"])
     segment = next(folder.glob("orderbook-*.zst"))
     kept = segment.read_bytes()
     house.ssmd("day", "start", simulated)
@@ -224,5 +220,5 @@ def test_a_spoilt_archive_keeps_the_day_from_being_complete(house: House, simula
     }
     segment.write_bytes(kept)
     house.ssmd("day", "end", simulated)
-    assert house.day(simulated, _today())["state"] == "COMPLETE"
+    assert house.day(simulated, house.today())["state"] == "COMPLETE"
     shutil.rmtree(folder)

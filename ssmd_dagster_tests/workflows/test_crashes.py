@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,8 @@ from ssmd_dagster_tests.house import House, until
 from ssmd_dagster_tests.judge import judge
 
 
-def _today() -> str:
-    return datetime.now(UTC).date().isoformat()
-
-
 def _messages(house: House, env: str) -> int:
-    return int(house.day(env, _today())["messages"])
+    return int(house.day(env, house.today())["messages"])
 
 
 def _pid(house: House, program: str, group: str) -> int | None:
@@ -58,7 +53,7 @@ def running(house: House, simulated: str) -> Iterator[str]:
 
 def _end(house: House, env: str) -> dict[str, Any]:
     house.ssmd("day", "end", env)
-    return house.day(env, _today())
+    return house.day(env, house.today())
 
 
 def test_an_undisturbed_day_holds_every_frame_that_was_sent(house: House, running: str) -> None:
@@ -75,7 +70,7 @@ def test_an_undisturbed_day_holds_every_frame_that_was_sent(house: House, runnin
 
 def test_a_killed_connector_costs_only_the_declared_gap(house: House, running: str) -> None:
     """After SIGKILL the supervisor's next connector records on; the gap's interval holds every frame that is missing."""
-    _kill(house, "capture.connector", f"{running}-{_today()}")
+    _kill(house, "capture.connector", f"{running}-{house.today()}")
     before = _messages(house, running)
     until(lambda: _messages(house, running) > before + 500)
     day = _end(house, running)
@@ -95,7 +90,7 @@ def test_a_killed_connector_costs_only_the_declared_gap(house: House, running: s
 @pytest.mark.parametrize("program", ["capture.archiver", "capture.gateway"])
 def test_a_killed_archiver_or_gateway_costs_nothing(house: House, running: str, program: str) -> None:
     """The next one takes up where the store's segments end; no gap, and the ledger balances."""
-    group = f"{running}-{_today()}" if program.endswith("archiver") else running
+    group = f"{running}-{house.today()}" if program.endswith("archiver") else running
     _kill(house, program, group)
     day = _end(house, running)
     assert (day["state"], day["gaps"]) == ("COMPLETE", [])

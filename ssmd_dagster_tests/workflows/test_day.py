@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from datetime import UTC, datetime
 from pathlib import Path
 
 import duckdb
@@ -12,10 +11,6 @@ import duckdb
 from ssmd_dagster_tests.house import House, until
 
 TODAY = re.compile(r"\d{4}-\d{2}-\d{2}")
-
-
-def _today() -> str:
-    return datetime.now(UTC).date().isoformat()
 
 
 def _messages(house: House, env: str, date: str) -> int:
@@ -133,7 +128,7 @@ def test_a_forced_end_skips_the_proof_and_says_so(house: House, simulated: str) 
     house.ssmd("day", "start", simulated)
     ended = house.ssmd("day", "end", simulated, "--force", "--reason", "power is going", check=3)
     assert ended.stdout.splitlines()[-1].endswith("is COMPLETE")
-    day = house.day(simulated, _today())
+    day = house.day(simulated, house.today())
     assert day["condition"] == "degraded"
     assert day["condition_reasons"][0].startswith("forced by cli:")
     assert day["ledger"] is None
@@ -142,13 +137,13 @@ def test_a_forced_end_skips_the_proof_and_says_so(house: House, simulated: str) 
 def test_a_completed_day_can_be_started_again_while_its_window_is_open(house: House, simulated: str) -> None:
     """A restart opens the next revision with a gap for the pause; the first revision's files stay as they are."""
     house.ssmd("day", "start", simulated)
-    until(lambda: _messages(house, simulated, _today()) > 100)
+    until(lambda: _messages(house, simulated, house.today()) > 100)
     house.ssmd("day", "end", simulated)
-    folder = Path(house.day(simulated, _today())["archive"])
+    folder = Path(house.day(simulated, house.today())["archive"])
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     house.ssmd("day", "start", simulated)
     house.ssmd("day", "end", simulated, check=0)
-    day = house.day(simulated, _today())
+    day = house.day(simulated, house.today())
     assert day["revision"] == 2
     assert "operator_stop" in {gap["cause"] for gap in day["gaps"]}
     after = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -160,7 +155,7 @@ def test_an_emptied_cache_is_rebuilt_from_the_journal(house: House, simulated: s
     """History and show need only the journal; rebuild writes the cache's keys again."""
     house.ssmd("day", "start", simulated)
     house.ssmd("day", "end", simulated)
-    shown = house.day(simulated, _today())
+    shown = house.day(simulated, house.today())
     rebuilt = house.json("day", "rebuild", simulated)
     assert rebuilt["days"] == 1
-    assert house.day(simulated, _today()) == shown
+    assert house.day(simulated, house.today()) == shown

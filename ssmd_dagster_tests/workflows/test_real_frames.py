@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -44,7 +43,7 @@ def record(house: House, env: str, frames: list[bytes]) -> tuple[list[bytes], di
         house.ssmd("day", "start", env)
         until(exchange.sent.is_set)
         house.ssmd("day", "end", env)
-    day = house.day(env, datetime.now(UTC).date().isoformat())
+    day = house.day(env, house.today())
     assert day["state"] == "COMPLETE"
     return archived_payloads(Path(day["archive"])), {
         sheet["channel"]: sheet["archived"] for sheet in day["ledger"]["channels"]
