@@ -223,6 +223,20 @@ def scan(buffer: bytes | memoryview) -> Iterator[Batch | Footer | Damage]:
         position = found.end
 
 
+def scan_back(buffer: bytes | memoryview) -> Iterator[Batch | Footer]:
+    """Yield every whole batch and footer from back to front; a torn tail and spoilt batches are passed over.
+
+    Reads trailers only, so the last batches of a large file cost next to nothing.
+    """
+    end = len(buffer)
+    while end > 0:
+        found = read_last(buffer, end) or _find_previous(buffer, end)
+        if found is None:
+            return
+        yield found
+        end = found.start
+
+
 def _read_at(buffer: bytes | memoryview, position: int, end: int) -> Batch | Footer | None:
     """Return the batch or footer that begins exactly at `position`."""
     trailer = _data_frame_end(buffer, position, end)
@@ -244,6 +258,22 @@ def _find_next(buffer: bytes | memoryview, position: int, end: int) -> Batch | F
                 return found
             offset = window.find(_MAGIC_BYTES, offset + 1)
         position += max(1, len(window) - len(_MAGIC_BYTES) + 1)
+    return None
+
+
+def _find_previous(buffer: bytes | memoryview, end: int) -> Batch | Footer | None:
+    """Return the last whole batch or footer that ends at or before `end`."""
+    upper = end
+    while upper > 0:
+        lower = max(0, upper - _SEARCH_BYTES)
+        window = bytes(buffer[lower:upper])
+        offset = window.rfind(_MAGIC_BYTES)
+        while offset >= 0:
+            found = _read_trailer(buffer, lower + offset, end)
+            if found is not None:
+                return found
+            offset = window.rfind(_MAGIC_BYTES, 0, offset + len(_MAGIC_BYTES) - 1)
+        upper = lower + len(_MAGIC_BYTES) - 1 if lower > 0 else 0
     return None
 
 

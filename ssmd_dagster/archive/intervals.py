@@ -1,4 +1,4 @@
-"""Interval notes: what the recorder said came in, against what is there.
+"""Interval notes and ordinals: what the recorder said came in, against what is there.
 
 Every minute the recorder notes per channel which records came since the last note, how many, and the SHA-256 of their
 bytes. However batches were joined since, the same records must give the same hash: this is what proves that an archive is
@@ -8,12 +8,14 @@ what came in. Used on the spool (to write the notes that a killed connector owes
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from ssmd_dagster.archive.records import parse_record
+from ssmd_dagster.exchange import SESSION
 
 
 class Interval(msgspec.Struct, frozen=True):
@@ -51,6 +53,79 @@ def intervals_in(session_records: bytes) -> Iterable[Interval]:
             yield interval
 
 
+def ends_session(line: bytes) -> bool:
+    """Tell whether a record is the interval note about `session` itself, which is a connection's last record."""
+    interval = interval_of(parse_record(line).note)
+    return interval is not None and interval.channel == SESSION
+
+
+class Torn(msgspec.Struct, frozen=True):
+    """Ordinals that a killed process had given out and not written: `records` of those in `n`, both ends inclusive."""
+
+    n_first: int
+    n_last: int
+    records: int
+
+    def note(self) -> dict[str, Any]:
+        """Return the note that the audit writes into the connection's `session` channel."""
+        return {"event": "torn", "n": [self.n_first, self.n_last], "records": self.records}
+
+
+def torn_in(session_records: bytes) -> Iterable[Torn]:
+    """Yield what a block of `session` records says of a torn last flush."""
+    for line in session_records.splitlines():
+        if b'"torn"' in line and (note := parse_record(line).note) is not None and note.get("event") == "torn":
+            first, last = note["n"]
+            yield Torn(first, last, note["records"])
+
+
+class Ordinals:
+    """Which ordinals of one connection have been seen: one bit each."""
+
+    def __init__(self) -> None:
+        self.highest = -1
+        self.count = 0
+        self.repeated = 0
+        self._bits = np.zeros(1 << 10, dtype=np.uint8)
+
+    def add(self, ordinals: Sequence[int]) -> None:
+        """Take note of some ordinals, at least one."""
+        numbers = np.array(ordinals, dtype=np.int64)
+        top = int(numbers.max())
+        self.highest = max(self.highest, top)
+        if top >> 3 >= len(self._bits):
+            self._bits = np.concatenate([self._bits, np.zeros(max(len(self._bits), (top >> 3) + 1), dtype=np.uint8)])
+        places, masks = numbers >> 3, np.left_shift(1, numbers & 7).astype(np.uint8)
+        known = (self._bits[places] & masks) != 0
+        new = len(np.unique(numbers[~known]))
+        self.count += new
+        self.repeated += len(numbers) - new
+        np.bitwise_or.at(self._bits, places, masks)
+
+    @property
+    def holes(self) -> int:
+        """Return how many ordinals from 0 to the highest have not been seen."""
+        return self.highest + 1 - self.count
+
+    def torn(self) -> Torn | None:
+        """Return what is missing, None where nothing is."""
+        if self.holes == 0:
+            return None
+        seen = np.unpackbits(self._bits[: (self.highest >> 3) + 1], bitorder="little")[: self.highest + 1]
+        missing = np.flatnonzero(seen == 0)
+        return Torn(int(missing[0]), int(missing[-1]), len(missing))
+
+
+def ordinals_of(records: bytes) -> list[int]:
+    """Return the ordinals of a block of whole lines; raise `ValueError` where a line does not begin with one."""
+    if not records.endswith(b"\n"):
+        raise ValueError("the last line is not whole")
+    lines = records.split(b"\n")[:-1]
+    if not all(line.startswith(b'{"n":') for line in lines):
+        raise ValueError("a line does not begin with its ordinal")
+    return [int(line[5 : line.index(b",", 5)]) for line in lines]
+
+
 class IntervalCheck:
     """Recomputes the intervals of one channel of one connection from its records, fed in order.
 
@@ -61,7 +136,9 @@ class IntervalCheck:
         self.channel = channel
         self.mismatches: list[str] = []
         self.confirmed = 0
-        self._stated = [interval for interval in stated if interval.channel == channel]
+        # A repair may have put batches of `session` out of order, and with them the notes.
+        own = (interval for interval in stated if interval.channel == channel)
+        self._stated = sorted(own, key=lambda interval: interval.n_first)
         self._next = 0
         self._restart()
 

@@ -18,7 +18,7 @@ FILE_OF_CHANNEL = {
 
 CHANNEL_OF_FILE = {file: channel for channel, file in FILE_OF_CHANNEL.items()}
 
-_SEGMENT = re.compile(r"(?P<file>[a-z]+)-(?P<number>\d{2,})\.jsonl\.zst")
+_SEGMENT = re.compile(r"(?P<file>[a-z]+)-(?P<number>[0-9]{2}|[1-9][0-9]{2,})\.jsonl\.zst")
 
 
 def day_prefix(feed: str, date: str) -> str:

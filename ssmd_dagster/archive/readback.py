@@ -1,8 +1,9 @@
 """Everything that can be said of a day's segments from their bytes alone.
 
 Feed the segments of one day, `session` first, each channel's in order; then ask for the findings. Checked are every trailer,
-frame checksum and SHA-256, the chain of footers, the recorder's interval notes, and that `n` runs from 0 without a hole or a
-repetition over all channels of each connection. Not here: fetching the bytes, and what follows from a finding.
+frame checksum and SHA-256, the footers and their chain, the recorder's interval notes, and that `n` runs from 0 without a
+hole or a repetition over all channels of each connection; what a killed connector's last flush lacks is no fault where a
+`torn` note says so. Not here: fetching the bytes, and what follows from a finding.
 """
 
 from __future__ import annotations
@@ -11,10 +12,19 @@ import hashlib
 from collections.abc import Callable
 
 import msgspec
-import numpy as np
 
 from ssmd_dagster.archive.batch import Batch, BatchDamagedError, Damage, decode_records, scan
-from ssmd_dagster.archive.intervals import Interval, IntervalCheck, intervals_in
+from ssmd_dagster.archive.intervals import (
+    Interval,
+    IntervalCheck,
+    Ordinals,
+    Torn,
+    ends_session,
+    intervals_in,
+    ordinals_of,
+    torn_in,
+)
+from ssmd_dagster.archive.segment import Ranges, add_range
 from ssmd_dagster.exchange import SESSION
 
 
@@ -47,33 +57,6 @@ class Readback(msgspec.Struct, frozen=True, kw_only=True):
     faults: tuple[str, ...]
 
 
-class _Ordinals:
-    """Which ordinals of one connection have been seen: one bit each."""
-
-    def __init__(self) -> None:
-        self.bits = np.zeros(1 << 10, dtype=np.uint8)
-        self.highest = -1
-        self.count = 0
-        self.repeated = 0
-
-    def add(self, ordinals: list[int]) -> None:
-        numbers = np.array(ordinals, dtype=np.int64)
-        top = int(numbers.max())
-        self.highest = max(self.highest, top)
-        if top >> 3 >= len(self.bits):
-            self.bits = np.concatenate([self.bits, np.zeros(max(len(self.bits), (top >> 3) + 1), dtype=np.uint8)])
-        places, masks = numbers >> 3, np.left_shift(1, numbers & 7).astype(np.uint8)
-        known = (self.bits[places] & masks) != 0
-        unique = len(np.unique(numbers))
-        self.repeated += int(known.sum()) + len(numbers) - unique
-        self.count += unique - int(known.sum())
-        np.bitwise_or.at(self.bits, places, masks)
-
-    @property
-    def holes(self) -> int:
-        return self.highest + 1 - self.count
-
-
 class DayReadback:
     """Collects the findings over a day's segments."""
 
@@ -84,7 +67,9 @@ class DayReadback:
         self._archived: dict[str, int] = {}
         self._by_connection: dict[str, dict[str, int]] = {}
         self._epochs: dict[str, int] = {}
-        self._ordinals: dict[str, _Ordinals] = {}
+        self._ordinals: dict[str, Ordinals] = {}
+        self._torn: dict[str, Torn] = {}
+        self._session_end: dict[str, int] = {}
         self._stated: dict[str, list[Interval]] = {}
         self._checks: dict[tuple[str, str], IntervalCheck] = {}
         self._last_batch: dict[tuple[str, str], int] = {}
@@ -95,6 +80,7 @@ class DayReadback:
     def feed(self, key: str, channel: str, number: int, data: bytes) -> None:
         """Take one whole segment: the `number`-th of `channel`."""
         batches = records = 0
+        ranges: Ranges = {}
         ended = False
         for item in scan(data):
             if isinstance(item, Damage):
@@ -104,6 +90,7 @@ class DayReadback:
                     self._faults.append(f"{key}: a batch behind the footer")
                 batches += 1
                 records += self._batch(key, channel, data, item)
+                add_range(ranges, item.header.conn, *item.header.span)
             else:
                 ended = True
                 footer = item.footer
@@ -115,6 +102,8 @@ class DayReadback:
                     self._faults.append(f"{key}: its footer names another segment before it than the one that is there")
                 if footer.records != records:
                     self._faults.append(f"{key}: {records} records, its footer says {footer.records}")
+                if {conn: list(spans) for conn, spans in footer.ranges.items()} != ranges:
+                    self._faults.append(f"{key}: its footer names other batches than are there")
         if not ended:
             self._faults.append(f"{key}: no footer")
         sha256 = hashlib.sha256(data).hexdigest()
@@ -134,32 +123,53 @@ class DayReadback:
         except BatchDamagedError as error:
             self._faults.append(f"{key}: {error.what}")
             return 0
-        lines = records.split(b"\n")[:-1]
-        ordinals = [int(line[5 : line.index(b",", 5)]) for line in lines]
-        self._ordinals.setdefault(conn, _Ordinals()).add(ordinals)
-        if ordinals != sorted(ordinals) or (ordinals[0], ordinals[-1]) != (header.n_first, header.n_last):
+        try:
+            ordinals = ordinals_of(records)
+        except ValueError as error:
+            self._faults.append(f"{key}: batch {conn}/{channel}/{header.batch} holds no records: {error}")
+            return 0
+        self._ordinals.setdefault(conn, Ordinals()).add(ordinals)
+        honest = ordinals == sorted(ordinals) and (ordinals[0], ordinals[-1]) == (header.n_first, header.n_last)
+        if not honest:
             self._faults.append(
                 f"{key}: batch {conn}/{channel}/{header.batch} does not hold the ordinals that it states"
             )
         self._epochs[conn] = header.epoch
-        self._archived[channel] = self._archived.get(channel, 0) + len(lines)
+        self._archived[channel] = self._archived.get(channel, 0) + len(ordinals)
         counts = self._by_connection.setdefault(conn, {})
-        counts[channel] = counts.get(channel, 0) + len(lines)
+        counts[channel] = counts.get(channel, 0) + len(ordinals)
         if channel == SESSION:
-            self._stated.setdefault(conn, []).extend(intervals_in(records))
+            self._session(conn, records, ordinals[-1])
+        if not honest:
+            return len(ordinals)
         self._places.setdefault(place, []).append((header.span[0], key, batch.start, batch.end))
         if self._last_batch.get(place, -1) >= header.span[0]:
             self._unordered.add(place)
         self._last_batch[place] = header.span[1]
         if channel != SESSION and place not in self._unordered:
             self._check(place).feed(records, header.n_first, header.n_last)
-        return len(lines)
+        return len(ordinals)
+
+    def _session(self, conn: str, records: bytes, last_n: int) -> None:
+        self._stated.setdefault(conn, []).extend(intervals_in(records))
+        self._torn.update((conn, torn) for torn in torn_in(records))
+        if ends_session(records.splitlines()[-1]):
+            self._session_end[conn] = max(last_n, self._session_end.get(conn, -1))
 
     def _check(self, place: tuple[str, str]) -> IntervalCheck:
         conn, channel = place
         if place not in self._checks:
             self._checks[place] = IntervalCheck(channel, self._stated.get(conn, ()))
         return self._checks[place]
+
+    def _feed_again(self, check: IntervalCheck, key: str, data: bytes) -> None:
+        batch = next(scan(data), None)
+        try:
+            if not isinstance(batch, Batch):
+                raise BatchDamagedError("a batch is not there any more")
+            check.feed(decode_records(data, batch), batch.header.n_first, batch.header.n_last)
+        except BatchDamagedError as error:
+            self._faults.append(f"{key}: changed while it was read: {error.what}")
 
     def finish(self, read_range: Callable[[str, int, int], bytes]) -> Readback:
         """Check what needs the whole day and return the findings.
@@ -172,10 +182,7 @@ class DayReadback:
             self._checks.pop(place, None)
             check = self._check(place)
             for _first, key, start, end in sorted(self._places[place]):
-                data = read_range(key, start, end - start)
-                batch = next(scan(data))
-                if isinstance(batch, Batch):
-                    check.feed(decode_records(data, batch), batch.header.n_first, batch.header.n_last)
+                self._feed_again(check, key, read_range(key, start, end - start))
         received: dict[str, int] = {}
         confirmed = 0
         for (conn, channel), check in sorted(self._checks.items()):
@@ -183,7 +190,7 @@ class DayReadback:
             confirmed += check.confirmed
             self._faults += [f"{conn}: {mismatch}" for mismatch in check.mismatches]
             claimed = sum(interval.records for interval in self._stated.get(conn, ()) if interval.channel == channel)
-            if channel == SESSION and left is not None and left.records == 1:
+            if left is not None and (left.records, left.n_last) == (1, self._session_end.get(conn)):
                 claimed += 1  # the note about `session` itself, the connection's last record
             elif left is not None:
                 self._faults.append(
@@ -191,7 +198,7 @@ class DayReadback:
                 )
             received[channel] = received.get(channel, 0) + claimed
         for conn, ordinals in sorted(self._ordinals.items()):
-            if ordinals.holes or ordinals.repeated:
+            if ordinals.torn() != self._torn.get(conn) or ordinals.repeated:
                 self._faults.append(f"{conn}: {ordinals.holes} ordinals are missing, {ordinals.repeated} come twice")
         for conn, stated in self._stated.items():
             for channel in {interval.channel for interval in stated} - set(self._by_connection.get(conn, ())):

@@ -13,11 +13,24 @@ import asyncio
 import contextlib
 import hashlib
 import logging
+import os
+import shutil
 import sys
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
-from ssmd_dagster.archive.batch import MAX_HEADER_BYTES, Batch, Footer, SegmentFooter, read_last
+import psutil
+
+from ssmd_dagster.archive.batch import (
+    MAX_HEADER_BYTES,
+    Batch,
+    BatchDamagedError,
+    Footer,
+    SegmentFooter,
+    read_last,
+)
 from ssmd_dagster.archive.layout import FILE_OF_CHANNEL, day_prefix, parse_segment_key, segment_key
 from ssmd_dagster.archive.segment import (
     CLOSE_AFTER_S,
@@ -71,13 +84,16 @@ class Archiver:
         self._setting, self._stores, self._date, self._epoch = setting, stores, date, epoch
         self._env = setting.env.name
         self._feed = setting.env.feed
-        self._local = segments_dir(setting.home, self._env, date)
+        self._folder = segments_dir(setting.home, self._env, date)
+        self._local = self._folder
         self._channels: dict[str, Channel] = {}
         self._book = DayBook(self._env, stores.journal, stores.cache, setting.clock, f"capture:{COMPONENT}")
         self._consumer: RawConsumer | None = None
         self._untaken: list[RawBatch] = []
         self._flush_wanted = asyncio.Event()
+        self._flush_to_go: int | None = None
         self._state = "starting"
+        self._passed_over = 0
         self._error: str | None = None
         self._exit_code: int | None = None
         self._messages, self._bytes, self._last_message_ns = 0, 0, 0
@@ -86,6 +102,7 @@ class Archiver:
 
     async def run(self, stop: asyncio.Event) -> None:
         """Archive until `stop`; what is in no segment by then is built again from the stream by the next archiver."""
+        self._make_folder()
         subject = control_subject(self._env, COMPONENT, self._date)
         service = await serve(self._stores.nc, subject, self._answer)
         background = [asyncio.create_task(self._heartbeat.run()), asyncio.create_task(self._write_stats())]
@@ -103,11 +120,21 @@ class Archiver:
             for channel in self._channels.values():
                 if channel.writer is not None:
                     channel.writer.discard()
+            shutil.rmtree(self._local)
             for task in background:
                 task.cancel()
             await asyncio.gather(*background, return_exceptions=True)
             await service.unsubscribe()
             await self._heartbeat.beat()
+
+    def _make_folder(self) -> None:
+        """Make a folder for this process alone, and remove what killed ones left: segments that are built again anyway."""
+        self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for left in self._folder.glob("*-*/"):
+            pid = left.name.split("-")[0]
+            if not (pid.isdigit() and psutil.pid_exists(int(pid))):
+                shutil.rmtree(left)
+        self._local = Path(tempfile.mkdtemp(prefix=f"{os.getpid()}-", dir=self._folder))
 
     async def _work_out(self) -> None:
         """Learn from the footers of the day's segments what is archived, and start from nothing else."""
@@ -115,7 +142,6 @@ class Archiver:
             if channel.writer is not None:
                 channel.writer.discard()
         self._channels = {name: Channel() for name in FILE_OF_CHANNEL}
-        self._local.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._messages, self._bytes, self._by_channel = 0, 0, {}
         segments = sorted(
             (*parsed, info.key)
@@ -138,19 +164,40 @@ class Archiver:
             self._count(name, footer.records, 0, 0)
 
     async def _archive(self, stop: asyncio.Event) -> None:
-        async with self._stores.raw_stream.consume(self._date) as self._consumer:
+        if self._flush_to_go is not None:  # it was being carried out when another archiver came in between
+            self._flush_to_go = None
+            self._flush_wanted.set()
+        async with self._stores.raw_stream.consume(self._date) as consumer:
+            self._consumer = consumer
             self._state = "archiving"
             await self._heartbeat.beat()
-            while not stop.is_set():
-                flushing = self._flush_wanted.is_set()
-                self._untaken = await self._consumer.fetch(FETCH_TIMEOUT_S)
-                for batch in self._untaken:
-                    await self._take(batch)
-                    await self._store_full_segments(stop, flushing=False)
+            try:
+                while not stop.is_set():
+                    await self._archive_some(consumer, stop)
+            finally:
+                self._consumer = None
                 self._untaken = []
-                await self._store_full_segments(stop, flushing=flushing)
-                if flushing:
-                    self._flush_wanted.clear()
+
+    async def _archive_some(self, consumer: RawConsumer, stop: asyncio.Event) -> None:
+        """Take the next batches and store what is full; a flush stores all once everything published before it is taken."""
+        self._untaken = await consumer.fetch(FETCH_TIMEOUT_S)
+        if self._flush_wanted.is_set() or (self._flush_to_go is not None and not self._untaken):
+            try:
+                self._flush_to_go = await consumer.backlog() + len(self._untaken)
+            except UnreachableError as error:
+                _log.warning("%s; the flush waits", error)
+            else:
+                self._flush_wanted.clear()
+        for batch in self._untaken:
+            await self._take(batch)
+            await self._store_full_segments(stop, flushing=False)
+        if self._flush_to_go is not None:
+            self._flush_to_go -= len(self._untaken)
+        self._untaken = []
+        flushing = self._flush_to_go is not None and self._flush_to_go <= 0
+        await self._store_full_segments(stop, flushing=flushing)
+        if flushing:
+            self._flush_to_go = None
 
     async def _store_full_segments(self, stop: asyncio.Event, *, flushing: bool) -> None:
         for name, channel in self._channels.items():
@@ -165,9 +212,8 @@ class Archiver:
     async def _take(self, message: RawBatch) -> None:
         """Put one batch into its channel's open segment, unless it is archived already."""
         batch = read_last(message.data)
-        if not isinstance(batch, Batch) or batch.start != 0:
-            self._error = f"stream message {message.seq} is no batch"
-            _log.error("%s: %s", self._error, message.id)
+        if not isinstance(batch, Batch) or batch.start != 0 or batch.header.channel not in self._channels:
+            self._pass_over(message, "is no batch")
             return
         header = batch.header
         channel = self._channels[header.channel]
@@ -191,8 +237,17 @@ class Archiver:
             )
         if in_ranges(channel.writer.ranges, header.conn, header.batch):
             return
-        channel.writer.append(message.data, batch)
+        try:
+            channel.writer.append(message.data, batch)
+        except BatchDamagedError as error:
+            self._pass_over(message, error.what)
+            return
         self._count(header.channel, header.records, header.bytes, header.recv_last_ns)
+
+    def _pass_over(self, message: RawBatch, reason: str) -> None:
+        """Go on without what nobody can read: its place stays open for a repaired copy, and verification names it."""
+        self._passed_over += 1
+        _log.error("stream message %d, %s, is passed over: %s", message.seq, message.id, reason)
 
     def _count(self, channel: str, records: int, size: int, recv_ns: int) -> None:
         if channel == SESSION:
@@ -219,7 +274,9 @@ class Archiver:
                     break  # a put whose answer was lost
                 _log.warning("%s was created by another archiver; working out again what is missing", key)
                 raise _WorkOutAgainError from None
-            except UnreachableError as error:
+            except SsmdError as error:
+                if not error.transient:
+                    raise
                 self._error = str(error)
                 _log.warning("%s; trying again in %.1f s", error, delay_s)
                 await wait_any(stop.wait(), timeout_s=delay_s)
@@ -280,7 +337,8 @@ class Archiver:
             "at_ns": self._setting.clock(),
             "untaken": len(self._untaken),
             "open_batches": sum(writer.batches for writer in writers),
-            "flushing": self._flush_wanted.is_set(),
+            "flushing": self._flush_wanted.is_set() or self._flush_to_go is not None,
+            "passed_over": self._passed_over,
             "messages": self._messages,
         }
 
@@ -298,7 +356,7 @@ async def read_footer(store: ObjectStore, key: str) -> SegmentFooter:
     size = await store.head(key)
     for tail in (SCAN_FOOTER_BYTES, MAX_HEADER_BYTES + SCAN_FOOTER_BYTES):
         start = max(0, size - tail)
-        data = await store.get_range(key, start, size - start)
+        data = await store.get_range(key, start, size - start) if size else b""
         last = read_last(data)
         if isinstance(last, Footer):
             return last.footer

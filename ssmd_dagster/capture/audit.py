@@ -2,9 +2,10 @@
 
     python -m ssmd_dagster.capture.audit ENV DATE
 
-Runs once after the connectors have stopped, whether they stopped by themselves or were killed. It compares the sets of
-batches in spool and stream and publishes what is missing, writes the interval notes that a killed connector owes, and
-appends a final `checkpoint` with the counts per connection and channel. Running it twice changes nothing.
+Runs once after the connectors have stopped, whether they stopped by themselves or were killed. It writes the notes that a
+killed connector owes, tells the journal of gaps that no connector came to tell it of, compares the sets of batches in spool
+and stream and publishes what is missing, and appends a final `checkpoint` with the counts per connection and channel. Running
+it twice changes nothing.
 """
 
 from __future__ import annotations
@@ -12,24 +13,43 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
+from collections import deque
 from pathlib import Path
 
 from ssmd_dagster.archive.batch import BatchHeader
-from ssmd_dagster.archive.intervals import Interval, IntervalCheck, interval_of, intervals_in
+from ssmd_dagster.archive.intervals import (
+    Interval,
+    IntervalCheck,
+    Ordinals,
+    ends_session,
+    intervals_in,
+    ordinals_of,
+)
 from ssmd_dagster.archive.records import note_line, parse_record
+from ssmd_dagster.capture.gaps import gaps_between, tell
+from ssmd_dagster.capture.pipeline import IN_FLIGHT
 from ssmd_dagster.capture.process import connected, run
 from ssmd_dagster.capture.recorder import Origin, Unsealed, seal
 from ssmd_dagster.capture.setting import Setting, load_setting
-from ssmd_dagster.capture.spool import append_to_spool, read_spool, spool_path, spooled_connections, spooled_records
+from ssmd_dagster.capture.spool import (
+    append_to_spool,
+    read_spool,
+    shard_of,
+    spool_path,
+    spooled_connections,
+    spooled_records,
+)
 from ssmd_dagster.day.payloads import ChannelCount, Checkpoint
 from ssmd_dagster.day.states import EventName
 from ssmd_dagster.environments.home import spool_dir
-from ssmd_dagster.errors import ExitCode
+from ssmd_dagster.errors import ExitCode, SsmdError
 from ssmd_dagster.exchange import SESSION
 from ssmd_dagster.stores.connect import Stores
 from ssmd_dagster.stores.daybook import DayBook
+from ssmd_dagster.stores.stream import BatchId, BatchTooLargeError
 
 COMPONENT = "spool"
+REPAIR_ROUNDS = 3
 
 _log = logging.getLogger(__name__)
 
@@ -50,55 +70,58 @@ def count_connection(path: Path) -> dict[str, ChannelCount]:
 
 
 def finish_connection(path: Path, now_ns: int) -> int:
-    """Append the interval notes that a connection's recorder did not come to write; return how many there were.
+    """Append the notes that a connection's recorder did not come to write; return how many there were.
 
-    A torn tail is cut off first. The connection's last record is then, as always, the note about `session`.
+    These are a `torn` note where the last flush got in only in part, and the interval notes. A torn tail is cut off first.
+    The connection's last record is then, as always, the note about `session`.
     """
     stated: list[Interval] = []
     headers: dict[str, BatchHeader] = {}
     last_session = b""
-    end, last_n = 0, -1
+    end, last_n, records = 0, -1, 0
     for batch, encoded in read_spool(path):
         header = batch.header
         headers[header.channel] = header
-        last_n, end = max(last_n, header.n_last), batch.end
+        last_n, end, records = max(last_n, header.n_last), batch.end, records + header.records
         if header.channel == SESSION:
             last_session = spooled_records(encoded, batch)
             stated.extend(intervals_in(last_session))
     if last_n < 0 or _is_finished(last_session, last_n):
         return 0
     checks = {channel: IntervalCheck(channel, stated) for channel in headers}
+    ordinals = Ordinals()
     for batch, encoded in read_spool(path):
         header = batch.header
-        checks[header.channel].feed(spooled_records(encoded, batch), header.n_first, header.n_last)
-    owed = [
-        interval for check in checks.values() if check.channel != SESSION and (interval := check.finish()) is not None
+        block = spooled_records(encoded, batch)
+        checks[header.channel].feed(block, header.n_first, header.n_last)
+        if records <= last_n:  # some are missing, so it matters which
+            ordinals.add(ordinals_of(block))
+    notes = [torn.note()] if (torn := ordinals.torn()) is not None else []
+    notes += [
+        interval.note()
+        for check in checks.values()
+        if check.channel != SESSION and (interval := check.finish()) is not None
     ]
-    template = next(iter(headers.values()))
-    origin = Origin(env=template.env, day=template.day, epoch=template.epoch, conn=template.conn)
+    first = last_n + 1
+    lines = [note_line(first + i, now_ns, note) for i, note in enumerate(notes)]
     session = checks.get(SESSION) or IntervalCheck(SESSION, ())
-    lines: list[bytes] = []
-    for interval in owed:
-        last_n += 1
-        lines.append(note_line(last_n, now_ns, interval.note()))
     if lines:
-        session.feed(b"".join(lines), last_n - len(lines) + 1, last_n)
+        session.feed(b"".join(lines), first, first + len(lines) - 1)
     remainder = session.finish()
-    if remainder is not None:
-        last_n += 1
-        lines.append(note_line(last_n, now_ns, remainder.note()))
-    known = headers.get(SESSION)
+    assert remainder is not None, "a connection without that last note owes one at least"
+    lines.append(note_line(first + len(lines), now_ns, remainder.note()))
+    known, template = headers.get(SESSION), next(iter(headers.values()))
     append_to_spool(
         path,
         end,
         seal(
-            origin,
+            Origin(env=template.env, day=template.day, epoch=template.epoch, conn=template.conn),
             Unsealed(
                 channel=SESSION,
                 batch=known.batch + 1 if known else 0,
                 records=len(lines),
-                n_first=last_n - len(lines) + 1,
-                n_last=last_n,
+                n_first=first,
+                n_last=first + len(lines) - 1,
                 recv_first_ns=now_ns,
                 recv_last_ns=now_ns,
                 seqs={},
@@ -113,32 +136,65 @@ def _is_finished(session_records: bytes, last_n: int) -> bool:
     """Tell whether the connection's last record is the interval note about `session` itself."""
     if not session_records:
         return False
-    last = parse_record(session_records.splitlines()[-1])
-    interval = interval_of(last.note)
-    return last.n == last_n and interval is not None and interval.channel == SESSION
+    last = session_records.splitlines()[-1]
+    return ends_session(last) and parse_record(last).n == last_n
 
 
 async def republish(stores: Stores, directory: Path, date: str) -> int:
-    """Publish every spooled batch that the stream lacks and return how many there were."""
-    in_stream = await stores.raw_stream.batches(date)
-    missing = 0
-    for conn in spooled_connections(directory):
-        for batch, encoded in read_spool(spool_path(directory, conn)):
-            header = batch.header
-            if (conn, header.channel, header.batch) in in_stream:
-                continue
-            acknowledged = await stores.raw_stream.publish(
-                encoded,
-                date=date,
-                channel=header.channel,
-                conn=conn,
-                batch=header.batch,
-                records=header.records,
-                repair_round=1,
-            )
-            await acknowledged
-            missing += 1
-    return missing
+    """Publish every spooled batch that the stream lacks and return how many there were.
+
+    Ends when a look at the stream finds none missing: a batch that was lost inside the stream's duplicate window is refused
+    under its old name. A batch that no message takes is left to verification, which names it.
+    """
+    published = 0
+    too_large: set[BatchId] = set()
+    for repair_round in range(1, REPAIR_ROUNDS + 1):
+        in_stream = await stores.raw_stream.batches(date)
+        missing = 0
+        under_way: deque[asyncio.Future[int]] = deque()
+        for conn in spooled_connections(directory):
+            for batch, encoded in read_spool(spool_path(directory, conn)):
+                header = batch.header
+                known = BatchId(conn, header.channel, header.batch)
+                if known in in_stream or known in too_large:
+                    continue
+                if len(under_way) >= IN_FLIGHT:
+                    await under_way.popleft()
+                try:
+                    acknowledged = await stores.raw_stream.publish(
+                        encoded,
+                        date=date,
+                        channel=header.channel,
+                        conn=conn,
+                        batch=header.batch,
+                        records=header.records,
+                        repair_round=repair_round,
+                    )
+                except BatchTooLargeError as error:
+                    _log.error("%s/%s/%d stays in the spool: %s", *known, error)
+                    too_large.add(known)
+                    continue
+                under_way.append(acknowledged)
+                missing += 1
+        await asyncio.gather(*under_way)
+        published += missing
+        if missing == 0:
+            return published
+    raise SsmdError(
+        f"the stream lost batches again while they were published, {REPAIR_ROUNDS} times",
+        where=f"{stores.raw_stream.stream} {date}",
+        do="See the log of the NATS server and its disk; then run the command again.",
+    )
+
+
+async def declare_gaps(directory: Path, book: DayBook, date: str) -> int:
+    """Tell the journal of every interval without a connection that it has not been told of; return how many these were."""
+    declared = 0
+    for shard in sorted({shard_of(conn) for conn in spooled_connections(directory)}):
+        for lost in gaps_between(directory, shard):
+            for event, data in lost.events(f"connector-{shard}"):
+                declared += await tell(book, date, event, data)
+    return declared
 
 
 async def main(env_name: str, date: str, stop: asyncio.Event) -> None:
@@ -155,6 +211,10 @@ async def audit(setting: Setting, stores: Stores, date: str) -> None:
         owed = finish_connection(spool_path(directory, conn), setting.clock())
         if owed:
             _log.warning("wrote %d interval notes that %s did not come to write", owed, conn)
+    book = DayBook(setting.env.name, stores.journal, stores.cache, setting.clock, f"capture:{COMPONENT}")
+    declared = await declare_gaps(directory, book, date)
+    if declared:
+        _log.warning("told the journal of %d beginnings and ends of gaps that it did not know", declared)
     repaired = await republish(stores, directory, date)
     if repaired:
         _log.warning("published %d batches that the stream lacked", repaired)
@@ -167,7 +227,6 @@ async def audit(setting: Setting, stores: Stores, date: str) -> None:
         messages=messages,
         bytes=sum(c.bytes for channels in counts.values() for c in channels.values()),
     )
-    book = DayBook(setting.env.name, stores.journal, stores.cache, setting.clock, f"capture:{COMPONENT}")
     day = await book.day(date)
     if day is not None and day.checkpoints.get(COMPONENT) == checkpoint:
         return

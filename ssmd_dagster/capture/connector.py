@@ -17,10 +17,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from ssmd_dagster.capture.gaps import STOPPING_NOTE, GapLog
+from ssmd_dagster.capture.gaps import BUFFER_OVERFLOW, STOPPING, SUBSCRIBED, GapLog
 from ssmd_dagster.capture.pipeline import Pipeline
-from ssmd_dagster.capture.process import Heartbeat, connected, current_epoch, run, wait_any
-from ssmd_dagster.capture.recorder import Flush, Origin, Recorder
+from ssmd_dagster.capture.process import Heartbeat, current_epoch, run, wait_any
+from ssmd_dagster.capture.recorder import Origin, Recorder
 from ssmd_dagster.capture.setting import Setting, load_setting
 from ssmd_dagster.capture.spool import next_connection, spooled_connections
 from ssmd_dagster.environments.home import spool_dir
@@ -33,6 +33,9 @@ SILENCE_S = 20.0
 INTERVAL_S = 60.0
 RECONNECT_MIN_S, RECONNECT_MAX_S = 0.25, 30.0
 LAST_BATCH_TIMEOUT_S = 10.0
+SERVERS_RETRY_AFTER_S = 1.0
+MAX_UNSEALED_BYTES = 256 << 20
+"""Records in memory that the disk does not take, at most; then the socket is closed."""
 
 _log = logging.getLogger(__name__)
 
@@ -53,38 +56,51 @@ class Connector:
         self._error: str | None = None
         self._exit_code: int | None = None
         self._recorder: Recorder | None = None
-        self._pipeline: Pipeline | None = None
+        self._pipelines: set[Pipeline] = set()
         self._closing: set[asyncio.Task[None]] = set()
+        self._last_conn: str | None = None
+        self._disk_error: str | None = None
         self._markets = 0
         self._random = random.Random()
 
     async def run(self, stop: asyncio.Event) -> None:
         """Record until `stop` is set; raise `ConfigurationError` where the exchange refuses the credentials."""
-        servers = asyncio.create_task(self._keep_servers(stop))
+        servers = asyncio.create_task(self._keep_servers())
+        recording = asyncio.create_task(self._keep_recording(stop))
         try:
-            await self._keep_recording(stop)
+            done, _ = await asyncio.wait([servers, recording], return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
         except ConfigurationError as error:
             self._error, self._exit_code, self._state = str(error), int(error.exit_code), "refused"
             raise
         finally:
-            if self._closing:
-                await asyncio.wait(self._closing, timeout=LAST_BATCH_TIMEOUT_S)
+            await _cancel(recording)
+            await self._let_go()
             if self._exit_code is None:
                 self._state = "stopped"
             if self._heartbeat is not None:
                 await self._heartbeat.beat()
-            servers.cancel()
-            await asyncio.gather(servers, return_exceptions=True)
+            await _cancel(servers)
             self._executor.shutdown()
 
-    async def _keep_servers(self, stop: asyncio.Event) -> None:
-        """Connect to NATS and Redis beside the recording, which does not wait for them."""
-        async with connected(self._setting, self.component) as stores:
-            self._stores = stores
-            self._heartbeat = Heartbeat(stores.cache, self._date, self.component, self._epoch, self._status)
-            await asyncio.gather(
-                self._heartbeat.run(), self._gaps.run(stores, self._clock, self._setting.env.name, self._date)
-            )
+    async def _keep_servers(self) -> None:
+        """Connect to NATS and Redis beside the recording, which does not wait for them; try again for as long as it runs."""
+        while True:
+            try:
+                async with connect(
+                    self._setting.env, self._setting.home, self._setting.secrets, name=self.component
+                ) as stores:
+                    self._stores = stores
+                    self._heartbeat = Heartbeat(stores.cache, self._date, self.component, self._epoch, self._status)
+                    async with asyncio.TaskGroup() as group:
+                        group.create_task(self._heartbeat.run())
+                        group.create_task(self._gaps.run(stores, self._clock, self._setting.env.name, self._date))
+            except* SsmdError as errors:
+                for error in errors.exceptions:
+                    _log.warning("%s; trying again in %.0f s", error, SERVERS_RETRY_AFTER_S)
+            self._stores = self._heartbeat = None
+            await asyncio.sleep(SERVERS_RETRY_AFTER_S)
 
     async def _keep_recording(self, stop: asyncio.Event) -> None:
         delay_s = RECONNECT_MIN_S
@@ -103,47 +119,111 @@ class Connector:
                 self._state = "reconnecting"
                 await wait_any(stop.wait(), timeout_s=delay_s * self._random.uniform(0.5, 1.0))
                 delay_s = min(delay_s * 2, RECONNECT_MAX_S)
+            await self._wait_for_room(stop)
 
     async def _record_connection(self, stop: asyncio.Event) -> None:
         """Open one connection, subscribe, and record it until it ends."""
         tickers = await self._tickers()
-        conn = next_connection(self._spool, self._epoch, self._shard)
+        conn = self._last_conn = next_connection(self._spool, self._epoch, self._shard, self._last_conn)
         origin = Origin(env=self._setting.env.name, day=self._date, epoch=self._epoch, conn=conn)
+        pipeline = Pipeline(origin, self._spool, self._publish, self._executor, on_disk=self._note_disk)
+        self._pipelines.add(pipeline)
         ended = asyncio.Event()
         recorder = Recorder(
             origin,
             channel_of_type=self._exchange.channel_of_type,
             clock=self._clock,
-            on_flush=lambda flush: self._submit(origin, flush),
+            on_flush=pipeline.submit,
             on_end=lambda _reason: ended.set(),
         )
-        self._pipeline = None
-        connection = await self._exchange.connect(recorder, use_yes_price=self._setting.env.capture.use_yes_price)
-        self._recorder = recorder
+        try:
+            connection = await self._exchange.connect(recorder, use_yes_price=self._setting.env.capture.use_yes_price)
+            self._recorder = recorder
+            await self._record(connection, recorder, pipeline, ended, tickers, stop)
+        finally:
+            # The next connection does not wait for the stream to take the last batches of this one.
+            closing = asyncio.create_task(self._close(pipeline))
+            self._closing.add(closing)
+            closing.add_done_callback(self._closing.discard)
+
+    async def _record(
+        self,
+        connection: Connection,
+        recorder: Recorder,
+        pipeline: Pipeline,
+        ended: asyncio.Event,
+        tickers: list[str],
+        stop: asyncio.Event,
+    ) -> None:
         ticking = asyncio.create_task(self._tick(recorder))
+        broken = asyncio.create_task(pipeline.failed())
+        cause = "connection_lost"
         try:
             await self._subscribe(connection, recorder, tickers)
             self._state, self._error = "subscribed", None
             self._gaps.connection_up(self._clock())
             if self._heartbeat is not None:
                 await self._heartbeat.beat()
-            await wait_any(stop.wait(), ended.wait(), self._watch_silence(recorder))
+            silent = asyncio.create_task(self._watch_silence(recorder))
+            full = asyncio.create_task(self._watch_room())
+            waits = [silent, full, asyncio.create_task(stop.wait()), asyncio.create_task(ended.wait())]
+            try:
+                done, _ = await asyncio.wait([*waits, ticking, broken], return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                await _cancel(*waits)
+            for task in done:
+                task.result()
+            if full in done and recorder.ended is None:
+                cause = BUFFER_OVERFLOW
+                recorder.note({"event": BUFFER_OVERFLOW, "bytes": self._waiting_bytes()})
         finally:
-            ticking.cancel()
-            if stop.is_set():
-                recorder.note(STOPPING_NOTE)
+            await _cancel(ticking, broken)
+            if stop.is_set() and recorder.ended is None:
+                recorder.note({"event": STOPPING})
             await connection.close()
             if not stop.is_set():
-                self._gaps.connection_lost(recorder.last_frame_ns or self._clock(), "connection_lost", conn)
-            if self._pipeline is not None:
-                # The next connection does not wait for the stream to take the last batches of this one.
-                closing = asyncio.create_task(self._close(self._pipeline))
-                self._closing.add(closing)
-                closing.add_done_callback(self._closing.discard)
+                self._gaps.connection_lost(recorder.last_frame_ns or self._clock(), cause, recorder.origin.conn)
 
     async def _close(self, pipeline: Pipeline) -> None:
-        if not await pipeline.close(LAST_BATCH_TIMEOUT_S):
-            _log.warning("%d batches of %s stay in the spool", pipeline.unacked_batches, pipeline.origin.conn)
+        try:
+            await pipeline.close(None)
+        finally:
+            self._pipelines.discard(pipeline)
+            if pipeline.unacked_batches:
+                _log.warning("%d batches of %s stay in the spool", pipeline.unacked_batches, pipeline.origin.conn)
+
+    async def _let_go(self) -> None:
+        """Wait for the last batches, within `LAST_BATCH_TIMEOUT_S`; the rest stays in the spool."""
+        closing = set(self._closing)
+        if closing:
+            _, late = await asyncio.wait(closing, timeout=LAST_BATCH_TIMEOUT_S)
+            await _cancel(*late)
+
+    def _waiting_bytes(self) -> int:
+        """Return the bytes that the stream has not acknowledged, those that are not yet in the spool included."""
+        return sum(pipeline.unacked_bytes + pipeline.unsealed_bytes for pipeline in self._pipelines)
+
+    def _is_full(self, share: float = 1.0) -> bool:
+        unsealed_bytes = sum(pipeline.unsealed_bytes for pipeline in self._pipelines)
+        limit_bytes = self._setting.env.capture.spool_limit_mb << 20
+        return unsealed_bytes > share * MAX_UNSEALED_BYTES or self._waiting_bytes() > share * limit_bytes
+
+    async def _watch_room(self) -> None:
+        """Return when more waits for the disk or the stream than may."""
+        while not self._is_full():
+            await asyncio.sleep(0.2)
+
+    async def _wait_for_room(self, stop: asyncio.Event) -> None:
+        """Once it was too much, open no connection before half of it is gone."""
+        if self._is_full():
+            self._state = "full"
+            self._error = (
+                f"{self._waiting_bytes() >> 20} MB wait for the disk or the stream; capture.spool_limit_mb is "
+                f"{self._setting.env.capture.spool_limit_mb}"
+            )
+            _log.error("%s", self._error)
+        while self._state == "full" and self._is_full(0.5) and not stop.is_set():
+            await wait_any(stop.wait(), timeout_s=0.2)
 
     async def _tickers(self) -> list[str]:
         """Return the markets to subscribe to: from the security master in the cache, else from the exchange."""
@@ -173,7 +253,7 @@ class Connector:
             }
         )
         subscriptions = await connection.subscribe(capture.channels, tickers)
-        recorder.note({"event": "subscribed", "sids": {s.channel: s.sid for s in subscriptions}})
+        recorder.note({"event": SUBSCRIBED, "sids": {s.channel: s.sid for s in subscriptions}})
 
     async def _tick(self, recorder: Recorder) -> None:
         """Flush every linger interval and write the interval notes every minute."""
@@ -195,15 +275,9 @@ class Connector:
             if signs != seen:
                 seen, since = signs, time.monotonic()
             await asyncio.sleep(1.0)
-        recorder.note({"event": "silent", "for_s": SILENCE_S})
+        if recorder.ended is None:
+            recorder.note({"event": "silent", "for_s": SILENCE_S})
         self._error = f"no frame and no ping for {SILENCE_S:.0f} s"
-
-    def _submit(self, origin: Origin, flush: Flush) -> None:
-        if self._pipeline is None:
-            self._pipeline = Pipeline(
-                origin, self._spool, self._publish, self._executor, on_disk_error=self._disk_refuses
-            )
-        self._pipeline.submit(flush)
 
     async def _publish(self, conn: str, channel: str, batch: int, records: int, data: bytes) -> asyncio.Future[int]:
         if self._stores is None:
@@ -212,15 +286,15 @@ class Connector:
             data, date=self._date, channel=channel, conn=conn, batch=batch, records=records
         )
 
-    def _disk_refuses(self, error: OSError) -> None:
-        self._error = f"the spool takes nothing: {error}"
-        _log.error("%s", self._error)
+    def _note_disk(self, error: OSError | None) -> None:
+        self._disk_error = None if error is None else f"the spool takes nothing: {error}"
+        _log.error("%s", self._disk_error or "the spool takes records again")
 
     def _status(self) -> dict[str, Any]:
-        recorder, pipeline = self._recorder, self._pipeline
+        recorder = self._recorder
         return {
             "state": self._state,
-            "error": self._error,
+            "error": self._disk_error or self._error,
             "exit_code": self._exit_code,
             "at_ns": self._clock(),
             "conn": recorder.origin.conn if recorder else None,
@@ -231,9 +305,15 @@ class Connector:
             "signs_of_life": recorder.signs_of_life if recorder else 0,
             "by_channel": dict(recorder.by_channel) if recorder else {},
             "markets": self._markets,
-            "unacked_batches": pipeline.unacked_batches if pipeline else 0,
-            "unacked_bytes": pipeline.unacked_bytes if pipeline else 0,
+            "unacked_batches": sum(pipeline.unacked_batches for pipeline in self._pipelines),
+            "unacked_bytes": self._waiting_bytes(),
         }
+
+
+async def _cancel(*tasks: asyncio.Task[Any]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def main(env_name: str, date: str, shard: str, stop: asyncio.Event) -> None:

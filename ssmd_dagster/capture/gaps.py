@@ -8,11 +8,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Iterator
+from itertools import islice, pairwise
 from pathlib import Path
 
 import msgspec
 
-from ssmd_dagster.capture.spool import read_spool, spool_path, spooled_connections, spooled_records
+from ssmd_dagster.archive.records import parse_record
+from ssmd_dagster.capture.spool import (
+    read_spool,
+    read_spool_back,
+    shard_of,
+    spool_path,
+    spooled_connections,
+    spooled_records,
+)
 from ssmd_dagster.clock import Clock
 from ssmd_dagster.day.payloads import GapClosed, GapOpened
 from ssmd_dagster.day.states import EventName
@@ -22,37 +32,112 @@ from ssmd_dagster.stores.connect import Stores
 from ssmd_dagster.stores.daybook import DayBook
 
 RETRY_AFTER_S = 1.0
-STOPPING_NOTE = {"event": "stopping"}
-"""What a connector that is told to stop notes in its `session` channel."""
+STOPPING = "stopping"
+"""What a connector that is told to stop notes in its `session` channel before it closes the socket."""
+SUBSCRIBED = "subscribed"
+"""What it notes once everything is subscribed."""
+BUFFER_OVERFLOW = "buffer_overflow"
+"""What it notes before it closes the socket because too much waits for the disk or the stream; also the gap's cause."""
 MAX_WAITING = 10_000
 """Gap events that wait for the journal; a connector that reconnects every half second fills this in an hour and a half."""
+_BEGINNING_BATCHES = 50_000
+_END_BATCHES = 5_000
+_END_NS = 30_000_000_000
+"""How far back from its last frame a connection's end is looked for: closing takes seconds."""
+
+GapEvent = tuple[EventName, GapOpened | GapClosed]
 
 _log = logging.getLogger(__name__)
 
 
-class _Lost(msgspec.Struct):
-    gap_id: str
+class Life(msgspec.Struct, frozen=True):
+    """What a connection's spool says of its beginning and end.
+
+    `up_ns` is when everything was subscribed, `last_ns` the receive time of its last frame, `cause` why it ended.
+    """
+
+    conn: str
+    up_ns: int
+    last_ns: int
+    cause: str
+
+
+class Lost(msgspec.Struct, frozen=True):
+    """The interval behind a connection in which nothing was recorded; `to_ns` None while no other has come up."""
+
+    conn: str
     cause: str
     from_ns: int
-    conn: str
+    to_ns: int | None = None
+
+    @property
+    def gap_id(self) -> str:
+        """Return the gap's id, which two who tell of it have in common."""
+        return f"gap-{self.conn}"
+
+    def events(self, component: str) -> list[GapEvent]:
+        """Return what the journal is told of it."""
+        scope = {"conn": self.conn, "component": component}
+        opened = GapOpened(gap_id=self.gap_id, cause=self.cause, from_ns=self.from_ns, scope=scope)
+        told: list[GapEvent] = [(EventName.GAP_OPENED, opened)]
+        if self.to_ns is not None:
+            # From there on records come again. What is missing inside stays missing.
+            told.append((EventName.GAP_CLOSED, GapClosed(gap_id=self.gap_id, to_ns=self.to_ns, outcome="stays")))
+        return told
 
 
-def last_seen_ns(spool: Path, conn: str) -> int | None:
-    """Return the receive time of a connection's last spooled record, None where nothing whole was written."""
-    last = None
-    for batch, _ in read_spool(spool_path(spool, conn)):
-        last = max(last or 0, batch.header.recv_last_ns)
-    return last
+def life_of(spool: Path, conn: str) -> Life | None:
+    """Read a connection's beginning and end from its spool file; None if it never came up.
+
+    Its end is read from the back: however much was recorded, the next connection does not wait for it.
+    """
+    path = spool_path(spool, conn)
+    up_ns = _noted_ns(path, SUBSCRIBED)
+    if up_ns is None:
+        return None
+    last_ns = up_ns
+    events: set[str] = set()
+    for batch, encoded in islice(read_spool_back(path), _END_BATCHES):
+        header = batch.header
+        if header.recv_last_ns < last_ns - _END_NS:
+            break
+        if header.channel == SESSION:
+            events.update(event for event, _ in _notes(spooled_records(encoded, batch)))
+        else:
+            last_ns = max(last_ns, header.recv_last_ns)
+    if STOPPING in events:
+        cause = "operator_stop"
+    elif "disconnected" in events:
+        cause = BUFFER_OVERFLOW if BUFFER_OVERFLOW in events else "connection_lost"
+    else:
+        cause = "process_crash"
+    return Life(conn, up_ns, last_ns, cause)
 
 
-def was_told_to_stop(spool: Path, conn: str) -> bool:
-    """Tell whether a connection ended because its connector was told to stop, by the note that it then leaves."""
-    notes = [
-        spooled_records(encoded, batch)
-        for batch, encoded in read_spool(spool_path(spool, conn))
-        if batch.header.channel == SESSION
-    ]
-    return any(STOPPING_NOTE["event"].encode() in records for records in notes[-2:])
+def gaps_between(spool: Path, shard: str) -> list[Lost]:
+    """Return the intervals between the connections of a shard, the last one open unless it was told to stop."""
+    lives = [life for conn in spooled_connections(spool) if shard_of(conn) == shard and (life := life_of(spool, conn))]
+    lost = [Lost(life.conn, life.cause, life.last_ns, after.up_ns) for life, after in pairwise(lives)]
+    if lives and lives[-1].cause != "operator_stop":
+        lost.append(Lost(lives[-1].conn, lives[-1].cause, lives[-1].last_ns))
+    return lost
+
+
+def _noted_ns(path: Path, event: str) -> int | None:
+    """Return when a connection noted an event for the first time, if it did so near its beginning."""
+    session = (item for item in islice(read_spool(path), _BEGINNING_BATCHES) if item[0].header.channel == SESSION)
+    for batch, encoded in session:
+        for noted, recv_ns in _notes(spooled_records(encoded, batch)):
+            if noted == event:
+                return recv_ns
+    return None
+
+
+def _notes(session_records: bytes) -> Iterator[tuple[str, int]]:
+    for line in session_records.splitlines():
+        record = parse_record(line)
+        if record.note is not None:
+            yield str(record.note.get("event")), record.recv_ns
 
 
 class GapLog:
@@ -60,32 +145,37 @@ class GapLog:
 
     def __init__(self, spool: Path, component: str) -> None:
         self._component = component
-        self._open: _Lost | None = None
-        self._events: asyncio.Queue[tuple[EventName, GapOpened | GapClosed]] = asyncio.Queue(MAX_WAITING)
+        self._open: Lost | None = None
+        self._up = False
+        self._events: asyncio.Queue[GapEvent] = asyncio.Queue(MAX_WAITING)
         shard = component.removeprefix("connector-")
-        earlier = [conn for conn in spooled_connections(spool) if conn.split("-")[1] == shard]
-        if earlier and (seen_ns := last_seen_ns(spool, earlier[-1])) is not None:
-            cause = "operator_stop" if was_told_to_stop(spool, earlier[-1]) else "process_crash"
-            self.connection_lost(seen_ns, cause, earlier[-1])
+        for conn in reversed(spooled_connections(spool)):
+            if shard_of(conn) == shard and (life := life_of(spool, conn)) is not None:
+                self._open = Lost(life.conn, life.cause, life.last_ns)
+                self._put(*self._open.events(component))
+                break
 
     def connection_lost(self, from_ns: int, cause: str, conn: str) -> None:
-        """Open the gap behind a connection, from its last record on."""
-        self._open = _Lost(f"gap-{conn}", cause, from_ns, conn)
-        scope = {"conn": conn, "component": self._component}
-        self._put(EventName.GAP_OPENED, GapOpened(gap_id=self._open.gap_id, cause=cause, from_ns=from_ns, scope=scope))
+        """Open the gap behind a connection, from its last record on; one that never came up leaves the open gap open."""
+        if self._up:
+            self._up = False
+            self._open = Lost(conn, cause, from_ns)
+            self._put(*self._open.events(self._component))
 
     def connection_up(self, to_ns: int) -> None:
-        """Close the open gap: from here on records come again. What is missing inside stays missing."""
+        """Close the open gap."""
+        self._up = True
         if self._open is not None:
-            self._put(EventName.GAP_CLOSED, GapClosed(gap_id=self._open.gap_id, to_ns=to_ns, outcome="stays"))
+            self._put(msgspec.structs.replace(self._open, to_ns=to_ns).events(self._component)[-1])
             self._open = None
 
-    def _put(self, event: EventName, data: GapOpened | GapClosed) -> None:
-        try:
-            self._events.put_nowait((event, data))
-        except asyncio.QueueFull:
-            # The session channel holds the same fact (`disconnected`, `connected`), and verification reads it there.
-            _log.error("the journal has not taken %d gap events; %s %s is left out", MAX_WAITING, event, data.gap_id)
+    def _put(self, *events: GapEvent) -> None:
+        for event, data in events:
+            try:
+                self._events.put_nowait((event, data))
+            except asyncio.QueueFull:
+                # The spool holds the same facts, and the audit tells the journal of what it was not told of.
+                _log.error("the journal has not taken %d gap events; %s %s waits", MAX_WAITING, event, data.gap_id)
 
     async def run(self, stores: Stores, clock: Clock, env: str, date: str) -> None:
         """Append what is waiting, in order, until cancelled; a journal that does not answer is asked again."""
@@ -97,16 +187,22 @@ class GapLog:
 
     async def _append(self, book: DayBook, date: str, event: EventName, data: GapOpened | GapClosed) -> bool:
         try:
-            day = await book.day(date)
-            known = next((gap for gap in day.gaps if gap.gap_id == data.gap_id), None) if day is not None else None
-            if event is EventName.GAP_OPENED and known is not None:
-                return True
-            if event is EventName.GAP_CLOSED and (known is None or known.to_ns is not None):
-                return True
-            await book.append(date, event, data=data)
+            await tell(book, date, event, data)
         except UnreachableError as error:
             _log.warning("%s of %s waits for the journal: %s", event, data.gap_id, error)
             return False
         except SsmdError as error:
             _log.error("the journal refuses %s of %s: %s", event, data.gap_id, error)
         return True
+
+
+async def tell(book: DayBook, date: str, event: EventName, data: GapOpened | GapClosed) -> bool:
+    """Append one event of a gap unless the journal has it; tell whether it was appended."""
+    day = await book.day(date)
+    known = next((gap for gap in day.gaps if gap.gap_id == data.gap_id), None) if day is not None else None
+    if event is EventName.GAP_OPENED and known is not None:
+        return False
+    if event is EventName.GAP_CLOSED and (known is None or known.to_ns is not None):
+        return False
+    await book.append(date, event, data=data)
+    return True

@@ -4,9 +4,13 @@
 
 `GET /v1/stream` upgrades to a WebSocket. A client sends `{"op":"subscribe","tickers":["KXBTCD-…"],"channels":["trade"]}`
 (both optional: left out means all) and receives one JSON event a message:
-`{"type":"event","day":…,"channel":…,"ticker":…,"conn":…,"n":…,"recv_ns":…,"wire":{…}}`, the last four as recorded.
-`GET /v1/health` says how it fares. It reads the stream beside the archiver and can never slow capture down: a client that
-does not keep up loses events and is told how many (`{"type":"dropped","count":…}`). Not here: history, durability.
+`{"type":"event","day":…,"channel":…,"ticker":…,"conn":…,"n":…,"recv_ns":…,"wire":{…}}`, the last ones as recorded.
+Several subscriptions of a client add up: every ticker that it named, in every channel that it named. `unsubscribe` takes
+tickers or channels away, without either everything. `GET /v1/health` says how it fares.
+
+It reads the stream beside the archiver and can never slow capture down: a client that does not keep up loses its oldest
+events and is told how many (`{"type":"dropped","count":…}`); where the gateway itself had to pass batches over, all are told
+how many (`{"type":"dropped","batches":…}`). Not here: history, durability.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import asyncio
 import logging
 import sys
 from collections import deque
+from collections.abc import Coroutine, Sequence
 from typing import Any
 
 import msgspec
@@ -34,9 +39,13 @@ from ssmd_dagster.stores.connect import Stores
 COMPONENT = "gateway"
 MAX_QUEUED = 10_000
 """Events that wait for one client; beyond that its oldest are dropped and counted."""
+MAX_QUEUED_BYTES = 16 << 20
 MAX_CLIENTS = 10_000
+MAX_TICKERS = 100_000
+"""Tickers that one client may name."""
 MAX_REQUEST_BYTES = 1 << 20
-DRAIN_TIMEOUT_S = 5.0
+DRAIN_TIMEOUT_S, CLOSE_TIMEOUT_S = 2.0, 1.0
+"""Together less than whoever asks for the drain waits for the answer (`control.ANSWER_TIMEOUT_S`)."""
 FETCH_TIMEOUT_S = 1.0
 GOING_AWAY = 1001
 
@@ -57,28 +66,27 @@ class Client:
 
     def __init__(self, socket: web.WebSocketResponse) -> None:
         self.socket = socket
-        self.subscribed = False
         self.all_tickers = False
         self.tickers: set[str] = set()
         self.channels: set[str] = set()
         self.dropped = 0
         self._queue: deque[str] = deque()
+        self._queued_bytes = 0
         self._more = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
 
     def wants(self, channel: str, ticker: str | None) -> bool:
         """Tell whether an event is for this client; events without a ticker go to those who want all tickers."""
-        if not self.subscribed or (self.channels and channel not in self.channels):
-            return False
-        return self.all_tickers or (ticker is not None and ticker in self.tickers)
+        return channel in self.channels and (self.all_tickers or (ticker is not None and ticker in self.tickers))
 
     def put(self, event: str) -> None:
         """Queue one event; never waits. The oldest makes room where the client does not keep up."""
-        if len(self._queue) >= MAX_QUEUED:
-            self._queue.popleft()
-            self.dropped += 1
         self._queue.append(event)
+        self._queued_bytes += len(event)
+        while len(self._queue) > MAX_QUEUED or (self._queued_bytes > MAX_QUEUED_BYTES and len(self._queue) > 1):
+            self._queued_bytes -= len(self._queue.popleft())
+            self.dropped += 1
         self._idle.clear()
         self._more.set()
 
@@ -90,8 +98,11 @@ class Client:
             while self._queue:
                 if self.dropped > told:
                     count, told = self.dropped - told, self.dropped
-                    await self.socket.send_bytes(_encode({"type": "dropped", "count": count}))
-                await self.socket.send_str(self._queue.popleft())
+                    await self.socket.send_str(_text({"type": "dropped", "count": count}))
+                    continue
+                event = self._queue.popleft()
+                self._queued_bytes -= len(event)
+                await self.socket.send_str(event)
             self._more.clear()
             self._idle.set()
 
@@ -100,25 +111,42 @@ class Client:
         await self._idle.wait()
 
     def apply(self, request: Request) -> None:
-        """Change what the client wants; raise `ValueError` for what no gateway knows."""
-        unknown = set(request.channels or ()) - set(FILE_OF_CHANNEL)
+        """Change what the client wants; raise `ValueError` for what no gateway knows or holds."""
+        known = {name for name in FILE_OF_CHANNEL if name != SESSION}
+        unknown = set(request.channels or ()) - known
         if unknown:
-            raise ValueError(f"unknown channels {sorted(unknown)}; known: {sorted(FILE_OF_CHANNEL)}")
+            raise ValueError(f"unknown channels {sorted(unknown)}; known: {sorted(known)}")
         if request.op == "subscribe":
-            self.subscribed = True
-            self.channels |= set(request.channels or ())
-            if request.tickers is None:
-                self.all_tickers = True
-            else:
-                self.tickers |= set(request.tickers)
+            if len(self.tickers) + len(request.tickers or ()) > MAX_TICKERS:
+                raise ValueError(f"more than {MAX_TICKERS} tickers; subscribe without tickers for all")
+            self.channels |= known if request.channels is None else set(request.channels)
+            self.all_tickers = self.all_tickers or request.tickers is None
+            self.tickers |= set(request.tickers or ())
         elif request.op == "unsubscribe":
-            if request.tickers is None:
-                self.subscribed = self.all_tickers = False
-                self.tickers.clear()
-            else:
-                self.tickers -= set(request.tickers)
+            self._take_away(request)
         else:
             raise ValueError(f"unknown op {request.op!r}; known: subscribe, unsubscribe")
+
+    def _take_away(self, request: Request) -> None:
+        if request.tickers is not None and request.channels is not None:
+            raise ValueError("unsubscribe takes tickers or channels, not both")
+        if request.channels is not None:
+            self.channels -= set(request.channels)
+        elif request.tickers is None:
+            self.all_tickers = False
+            self.channels.clear()
+            self.tickers.clear()
+        elif self.all_tickers:
+            raise ValueError("all tickers are subscribed: unsubscribe without tickers, then subscribe those you want")
+        else:
+            self.tickers -= set(request.tickers)
+
+    def wanted(self) -> dict[str, Any]:
+        """Return what the client wants, None for all."""
+        return {
+            "tickers": None if self.all_tickers else sorted(self.tickers),
+            "channels": None if len(self.channels) == len(FILE_OF_CHANNEL) - 1 else sorted(self.channels),
+        }
 
 
 class Gateway:
@@ -140,7 +168,7 @@ class Gateway:
         app = web.Application()
         app.router.add_get("/v1/stream", self._stream)
         app.router.add_get("/v1/health", self._health)
-        runner = web.AppRunner(app, access_log=None)
+        runner = web.AppRunner(app, access_log=None, shutdown_timeout=CLOSE_TIMEOUT_S)
         await runner.setup()
         self.port = await _listen(runner, self._setting)
         service = await serve(self._stores.nc, control_subject(self._env, COMPONENT), self._answer)
@@ -166,7 +194,13 @@ class Gateway:
                 for batch in await tail.fetch(FETCH_TIMEOUT_S):
                     if self._clients:
                         self._pass_on(batch.data)
-                self._passed_over = tail.dropped
+                        # Lets the senders send: nobody shall lose events because the stream is read in large steps.
+                        await asyncio.sleep(0)
+                if tail.dropped > self._passed_over:
+                    lost = _text({"type": "dropped", "batches": tail.dropped - self._passed_over})
+                    self._passed_over = tail.dropped
+                    for client in self._clients:
+                        client.put(lost)
 
     def _pass_on(self, data: bytes) -> None:
         batch = read_last(data)
@@ -204,7 +238,10 @@ class Gateway:
     async def _stream(self, request: web.Request) -> web.StreamResponse:
         if len(self._clients) >= MAX_CLIENTS:
             raise web.HTTPServiceUnavailable(text=f"the gateway serves {MAX_CLIENTS} clients already")
-        socket = web.WebSocketResponse(heartbeat=20.0, max_msg_size=MAX_REQUEST_BYTES)
+        # Uncompressed: whoever is on this host has the room, and one event goes to many.
+        socket = web.WebSocketResponse(
+            heartbeat=20.0, max_msg_size=MAX_REQUEST_BYTES, timeout=CLOSE_TIMEOUT_S, compress=False
+        )
         await socket.prepare(request)
         client = Client(socket)
         self._clients.add(client)
@@ -213,6 +250,8 @@ class Gateway:
             async for message in socket:
                 if message.type is WSMsgType.TEXT:
                     client.put(_apply(client, message.data))
+                elif message.type is WSMsgType.BINARY:
+                    client.put(_text({"type": "error", "error": "a request is one JSON object in a text message"}))
         finally:
             self._clients.discard(client)
             sender.cancel()
@@ -224,7 +263,7 @@ class Gateway:
 
     async def _answer(self, command: str, arguments: dict[str, Any]) -> dict[str, Any]:
         if command == "drain":
-            await self._drain(f"trading day {arguments['date']} ended", close=bool(arguments.get("close")))
+            await self._drain(f"trading day {arguments.get('date')} ended", close=bool(arguments.get("close")))
         elif command != "status":
             raise SsmdError(f"unknown command `{command}`")
         return self._status()
@@ -233,12 +272,12 @@ class Gateway:
         """Let every client have what is queued for it, within `DRAIN_TIMEOUT_S`; close them where asked."""
         clients = list(self._clients)
         for client in clients:
-            client.put(_encode({"type": "day_ended", "reason": reason}).decode())
-        if clients:
-            await asyncio.wait([asyncio.ensure_future(client.drained()) for client in clients], timeout=DRAIN_TIMEOUT_S)
+            client.put(_text({"type": "day_ended", "reason": reason}))
+        await _within(DRAIN_TIMEOUT_S, [client.drained() for client in clients])
         if close:
-            await asyncio.gather(
-                *(client.socket.close(code=GOING_AWAY, message=reason.encode()[:120]) for client in clients)
+            message = reason.encode()[:120]
+            await _within(
+                CLOSE_TIMEOUT_S, [client.socket.close(code=GOING_AWAY, message=message) for client in clients]
             )
 
     def _status(self) -> dict[str, Any]:
@@ -255,27 +294,36 @@ class Gateway:
         }
 
 
+async def _within(timeout_s: float, waits: Sequence[Coroutine[Any, Any, Any]]) -> None:
+    """Wait for all of `waits`, and cancel those that are not done in time."""
+    tasks = [asyncio.create_task(wait) for wait in waits]
+    if tasks:
+        _, late = await asyncio.wait(tasks, timeout=timeout_s)
+        for task in late:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _text(message: dict[str, Any]) -> str:
+    return _encode(message).decode()
+
+
 def _apply(client: Client, text: str) -> str:
     """Carry out one request and return the answer."""
     try:
         request = msgspec.json.decode(text, type=Request)
         client.apply(request)
     except (msgspec.DecodeError, ValueError) as error:
-        return _encode({"type": "error", "error": str(error)}).decode()
-    return _encode(
-        {
-            "type": "subscribed",
-            "tickers": None if client.all_tickers else sorted(client.tickers),
-            "channels": sorted(client.channels) or None,
-        }
-    ).decode()
+        return _text({"type": "error", "error": str(error)})
+    return _text({"type": "subscribed", **client.wanted()})
 
 
 async def _listen(runner: web.AppRunner, setting: Setting) -> int:
     """Listen on the port of the last time where it is free, else on any, and remember it."""
     path = gateway_file(setting.home, setting.env.name)
     path.parent.mkdir(mode=0o700, exist_ok=True)
-    ports = [int(path.read_text()), 0] if path.exists() else [0]
+    known = path.read_text() if path.exists() else ""
+    ports = [int(known), 0] if known.isdigit() else [0]
     for port in ports:
         try:
             await web.TCPSite(runner, "127.0.0.1", port).start()

@@ -28,18 +28,19 @@ _log = logging.getLogger(__name__)
 @contextlib.asynccontextmanager
 async def connected(setting: Setting, name: str) -> AsyncIterator[Stores]:
     """Connect to the environment's servers, trying again for as long as the supervisor would restart this process."""
-    delay_s = 0.2
-    while True:
-        try:
-            async with connect(setting.env, setting.home, setting.secrets, name=name) as stores:
-                yield stores
-                return
-        except UnreachableError as error:
-            if delay_s > 30:
-                raise
-            _log.warning("%s; trying again in %.1f s", error, delay_s)
-            await asyncio.sleep(delay_s)
-            delay_s *= 2
+    async with contextlib.AsyncExitStack() as stack:
+        delay_s = 0.2
+        while True:
+            try:
+                stores = await stack.enter_async_context(connect(setting.env, setting.home, setting.secrets, name=name))
+                break
+            except UnreachableError as error:
+                if delay_s > 30:
+                    raise
+                _log.warning("%s; trying again in %.1f s", error, delay_s)
+                await asyncio.sleep(delay_s)
+                delay_s *= 2
+        yield stores
 
 
 async def current_epoch(setting: Setting, stores: Stores, date: str, component: str) -> int:

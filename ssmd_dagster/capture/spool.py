@@ -9,9 +9,10 @@ import mmap
 import os
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from ssmd_dagster.archive.batch import Batch, decode_records, scan
+from ssmd_dagster.archive.batch import Batch, decode_records, scan, scan_back
 
 _SUFFIX = ".batches"
 _CONN = re.compile(r"(?P<epoch>\d+)-(?P<shard>[a-z]+)-(?P<number>\d+)")
@@ -33,9 +34,18 @@ def _order(conn: str) -> tuple[int, str, int]:
     return int(epoch), shard, int(number)
 
 
-def next_connection(directory: Path, epoch: int, shard: str) -> str:
-    """Return a connection id, `{epoch}-{shard}-{number}`, that no spool file of the day has used yet."""
-    used = [_order(conn)[2] for conn in spooled_connections(directory) if conn.startswith(f"{epoch}-{shard}-")]
+def shard_of(conn: str) -> str:
+    """Return the shard of a connection id."""
+    return _order(conn)[1]
+
+
+def next_connection(directory: Path, epoch: int, shard: str, after: str | None = None) -> str:
+    """Return a connection id, `{epoch}-{shard}-{number}`, that no spool file of the day has used yet.
+
+    `after` is the last one that this process took, whose file may not be there yet.
+    """
+    taken = [*spooled_connections(directory), *([after] if after is not None else [])]
+    used = [_order(conn)[2] for conn in taken if conn.startswith(f"{epoch}-{shard}-")]
     return f"{epoch}-{shard}-{max(used, default=-1) + 1}"
 
 
@@ -47,11 +57,16 @@ class SpoolWriter:
     """
 
     def __init__(self, directory: Path, conn: str) -> None:
-        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        _make_directory(directory)
         self.path = spool_path(directory, conn)
         self.size_bytes = 0
         self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        _fsync_directory(directory)
+        try:
+            _fsync_directory(directory)
+        except OSError:
+            os.close(self._fd)
+            self.path.unlink()
+            raise
 
     def append(self, parts: list[bytes]) -> list[int]:
         """Write `parts` end to end with one fsync and return the offset of each."""
@@ -75,6 +90,14 @@ class SpoolWriter:
         os.close(self._fd)
 
 
+def _make_directory(directory: Path) -> None:
+    """Make a folder and its missing parents, each durable in its own."""
+    if not directory.is_dir():
+        _make_directory(directory.parent)
+        directory.mkdir(exist_ok=True, mode=0o700)
+        _fsync_directory(directory.parent)
+
+
 def _fsync_directory(directory: Path) -> None:
     fd = os.open(directory, os.O_RDONLY)
     try:
@@ -88,16 +111,31 @@ def read_spool(path: Path) -> Iterator[tuple[Batch, bytes]]:
 
     Memory stays at one batch, whatever the size of the file.
     """
-    if path.stat().st_size == 0:
+    with _mapped(path) as view:
+        for item in scan(view):
+            if isinstance(item, Batch):
+                yield item, bytes(view[item.start : item.end])
+
+
+def read_spool_back(path: Path) -> Iterator[tuple[Batch, bytes]]:
+    """Yield what `read_spool` yields from the last batch to the first; the last ones come at once."""
+    with _mapped(path) as view:
+        for item in scan_back(view):
+            if isinstance(item, Batch):
+                yield item, bytes(view[item.start : item.end])
+
+
+@contextmanager
+def _mapped(path: Path) -> Iterator[memoryview]:
+    if path.stat().st_size == 0:  # cannot be mapped
+        yield memoryview(b"")
         return
     with (
         path.open("rb") as file,
         mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
         memoryview(data) as view,
     ):
-        for item in scan(view):
-            if isinstance(item, Batch):
-                yield item, bytes(view[item.start : item.end])
+        yield view
 
 
 def spooled_records(encoded: bytes, batch: Batch) -> bytes:

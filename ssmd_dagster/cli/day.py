@@ -27,6 +27,7 @@ from ssmd_dagster.workflows.attempt import Attempt, Options
 from ssmd_dagster.workflows.desk import Desk, Progress
 from ssmd_dagster.workflows.end import END
 from ssmd_dagster.workflows.rebuild import rebuild
+from ssmd_dagster.workflows.recover import recovery_of
 from ssmd_dagster.workflows.roll import dates_to_roll, roll
 from ssmd_dagster.workflows.start import START
 from ssmd_dagster.workflows.views import DayView, history, ledger_of, show, status
@@ -130,7 +131,7 @@ def roll_command(env: str, as_json: bool) -> int:
     if rolled.already:
         printer.line(f"Day {rolled.started.date} is ACTIVE already")
     else:
-        printer.day_line(rolled.started)
+        printer.day_line(rolled.ended.date, rolled.ended.state)
     printer.line("Roll complete")
     if as_json:
         print_json(
@@ -146,6 +147,25 @@ def roll_command(env: str, as_json: bool) -> int:
             }
         )
     return _exit_code(rolled.ended)
+
+
+@day_group.command("recover")
+@env_argument
+@_date_option
+@_reason_option
+@json_option
+def recover_command(env: str, date: str | None, reason: str | None, as_json: bool) -> int:
+    """Bring a trading day back from whatever was killed: to ACTIVE, or on to COMPLETE."""
+    printer = _Printer(as_json)
+
+    async def body(desk: Desk) -> tuple[Attempt, TradingDay]:
+        attempt = await recovery_of(desk, _checked_date(date), reason)
+        printer.head(f"Recovering trading day {attempt.date}...")
+        return attempt, await attempt.go()
+
+    attempt, day = with_desk(env, body, printer)
+    printer.line(f"Trading day {day.date} is {day.state}{' already' if attempt.already else ''}")
+    return _finish(env, day, as_json, already=attempt.already)
 
 
 @day_group.command("history")
@@ -258,7 +278,7 @@ def _print_next_command(env: str, view: DayView) -> None:
         verb = "end" if view.day.ever_active else "start"
         click.echo(f"Next: ssmd day {verb} {env} --date {view.day.date}")
     elif view.state is DayState.ERROR:
-        click.echo(f"Next: ssmd day end {env} --date {view.day.date}")
+        click.echo(f"Next: ssmd day recover {env} --date {view.day.date}")
 
 
 def _row(cells: list[str]) -> str:
@@ -323,25 +343,24 @@ class _Printer:
 
 
 class _RollPrinter(_Printer):
-    """Prints both halves of a roll under the lines of the design."""
+    """Prints both halves of a roll as they happen."""
 
     def __init__(self, as_json: bool) -> None:
         super().__init__(as_json)
-        self._half: str | None = None
-        self._last: Progress | None = None
+        self._half: Progress | None = None
 
     def __call__(self, progress: Progress) -> None:
         if not self._headed:
             self._headed = True
             self.line(self._head)
-        if progress.verb != self._half:
-            if self._half == END.name and self._last is not None and self._last.kind != "failed":
-                self.line(f"  {mark(True, sys.stdout)} Day {self._last.date} COMPLETE")
-            self._half = progress.verb
+        if self._half is None or progress.verb != self._half.verb:
+            if self._half is not None and self._half.verb == START.name:
+                self.day_line(self._half.date, DayState.ACTIVE)
+            self._half = progress
             self.line(f"  {'Ending' if progress.verb == END.name else 'Starting'} {progress.date}...")
-        self._last = progress
         self.progress(progress, "    ")
 
-    def day_line(self, day: TradingDay) -> None:
+    def day_line(self, date: str, state: DayState) -> None:
         """Print the line that ends a half."""
-        self.line(f"  {mark(True, sys.stdout)} Day {day.date} {day.state}")
+        stream = sys.stderr if self._err else sys.stdout
+        self.line(f"  {mark(True, stream)} Day {date} {state}")

@@ -1,9 +1,7 @@
 """The jobs of an environment: start, end and roll one trading day. The graphs are written once, for all environments.
 
-The partition of a roll is the day that it ends. Its two halves do not depend on each other: the new day is to be
-recorded even if the old one cannot be ended, and then the run fails with the half that failed, which alone a
-re-execution from failure repeats. The end comes first because its ops have the higher priority; that holds in the
-in-process executor, in which every job runs.
+The partition of a roll is the day that it ends. The next day is started first, beside it, and is ACTIVE at the boundary;
+where that fails, the old day records on and the run fails with what a re-execution from failure repeats.
 
 A simulated environment's day is that of its exchange's clock, the partition that of the host's: see `partitions`.
 """
@@ -38,11 +36,11 @@ def end_day() -> None:
     ops.complete(ops.verify(ops.stop_capture(ops.flush(ops.drain()))))
 
 
-@dg.graph(description="End the partition's day, then start the next one.")
+@dg.graph(description="Start the next day beside the partition's, change over, then end the partition's.")
 def roll_day() -> None:
-    """Put both halves side by side."""
-    end_day()
-    start_day()
+    """Put the steps of both halves in order."""
+    up = ops.health(ops.gateway(ops.archive(ops.capture(ops.sync(ops.take_day())))))
+    ops.complete(ops.verify(ops.stop_capture(ops.flush(ops.drain(up)))))
 
 
 def faults_job(registry: Registry) -> dg.JobDefinition:
@@ -101,8 +99,8 @@ def jobs_of(environment: Environment, resource_overrides: Mapping[str, Any]) -> 
         ),
         "roll": job(
             roll_day,
-            f"Rolls {name} from the trading day of the partition, which it ends, to the next one, which it starts; if "
-            f"that one is ACTIVE already, it stays so. The same as `ssmd day roll {name}`.",
+            f"Rolls {name} from the trading day of the partition to the next one: that is started beside it and ACTIVE at "
+            f"the boundary, then the partition's day is ended. The same as `ssmd day roll {name}`.",
             END_TIMEOUT_S,
             rolls=True,
         ),

@@ -40,15 +40,13 @@ def _last_step(verb: VerbName, name: str) -> _Work:
     return lambda session, partition, show: session.last_step(verb, partition, name, show)
 
 
-def _op(name: str, verb: VerbName, work: _Work, description: str, *, first: bool = False) -> dg.OpDefinition:
+def _op(name: str, verb: VerbName, work: _Work, description: str) -> dg.OpDefinition:
     @dg.op(
         name=name,
         description=description,
-        ins={} if first else {"after": dg.In(dg.Nothing, description="The op before this one is done.")},
+        ins={"after": dg.In(dg.Nothing, description="The op before this one, where there is one, is done.")},
         out=dg.Out(dg.Nothing),
         required_resource_keys={"desk"},
-        # In a roll both verbs are ready at once, and the in-process executor takes the higher priority first.
-        tags={"dagster/priority": "1" if verb == "end" else "0"},
     )
     def body(context: dg.OpExecutionContext) -> None:
         desk: DayDesk = context.resources.desk
@@ -74,7 +72,6 @@ take_day = _op(
     _take,
     "Takes the day: appends STARTING to the journal and holds the lease. Refused where the day's state does not allow "
     "a start or somebody else is at work on it; a day that is ACTIVE already is a success.",
-    first=True,
 )
 sync = _op("sync", "start", _step("start", "secmaster"), "Syncs the security master: the markets to record.")
 capture = _op(
@@ -98,7 +95,6 @@ drain = _op(
     _step("end", "drain"),
     "Takes the day for its end (ENDING), then lets the gateway's clients have what is queued for them. A day that is "
     "COMPLETE already is a success.",
-    first=True,
 )
 flush = _op("flush", "end", _step("end", "flush"), "Has the archiver store all that it holds.")
 stop_capture = _op(

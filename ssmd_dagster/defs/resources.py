@@ -175,7 +175,7 @@ class DaySession:
         desk = self._desk
         if self._rolls:
             ending, starting = await dates_to_roll(desk, partition)
-            return ending_of(desk, ending) if verb == "end" else starting_of(desk, starting)
+            return ending_of(desk, ending, starting) if verb == "end" else starting_of(desk, ending, starting)
         return Attempt(desk, partition, END if verb == "end" else START)
 
     async def _close(self) -> None:
@@ -196,7 +196,9 @@ class DayDesk(dg.ConfigurableResource):  # type: ignore[type-arg] # it is its ow
     """The desk of one environment for one run. It connects with the run's first step, not before."""
 
     environment: str = Field(description="The environment, by its name in exchanges/environments.")
-    rolls: bool = Field(default=False, description="The partition's day is ended and the next one started.")
+    rolls: bool = Field(
+        default=False, description="The next day is started beside the partition's, which is ended then."
+    )
 
     _session: DaySession | None = PrivateAttr(default=None)
 

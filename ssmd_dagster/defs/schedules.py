@@ -1,8 +1,9 @@
 """The schedules of an environment, from the `schedule` of its YAML. An environment that is not enabled has none.
 
-`day_start` starts the date that it falls on. `day_end` rolls (with `auto_roll`) or ends the day whose window it closes:
-the calendar says which, over changes of the clocks too. With `auto_roll` the start is the fallback of the roll: it
-finds the day ACTIVE and does nothing. They run once their code is loaded, until somebody switches one off in the UI.
+`day_start` starts the date that it falls on. `day_end` ends the day whose window it closes: the calendar says which, over
+changes of the clocks too. With `auto_roll` it rolls, and fires two minutes before, so that the next day is up by then; the
+start is the fallback of the roll: it finds the day ACTIVE and does nothing. They run once their code is loaded, until
+somebody switches one off in the UI.
 
 Schedules fire by the host's clock, also those of a simulated environment, whose days follow its exchange's clock: where
 that is shifted, the run's first op refuses a day that is not one and names today. Correctness never rests on a tick:
@@ -18,6 +19,7 @@ import dagster as dg
 
 from ssmd_dagster.day.calendar import TradingCalendar, parse_time
 from ssmd_dagster.environments.models import Environment
+from ssmd_dagster.workflows.roll import LEAD_S
 
 _DateOf = Callable[[TradingCalendar, datetime], date]
 
@@ -27,17 +29,24 @@ def schedules_of(environment: Environment, jobs: Mapping[str, dg.JobDefinition])
     if not environment.enabled:
         return []
     times = environment.schedule
-    closing = "roll" if times.auto_roll else "end"
-    return [
-        _schedule(environment, jobs["start"], times.day_start, started_at, "Starts the day at day_start."),
-        _schedule(
-            environment,
-            jobs[closing],
-            times.day_end,
-            closed_at,
-            f"{closing.capitalize()}s the day whose window closes at day_end.",
-        ),
-    ]
+    start = _schedule(environment, jobs["start"], times.day_start, started_at, "Starts the day at day_start.")
+    if times.auto_roll:
+        text = f"Rolls the day whose window closes at {times.day_end}, from {LEAD_S} s before on."
+        return [start, _schedule(environment, jobs["roll"], before(times.day_end, LEAD_S), rolled_at, text)]
+    text = "Ends the day whose window closes at day_end."
+    return [start, _schedule(environment, jobs["end"], times.day_end, closed_at, text)]
+
+
+def before(at: str, lead_s: int) -> str:
+    """Return the local time that is `lead_s` before `at`, on a day without a change of the clocks."""
+    time = datetime.combine(date(2000, 1, 2), parse_time(at)) - timedelta(seconds=lead_s)
+    return f"{time:%H:%M}"
+
+
+def rolled_at(calendar: TradingCalendar, scheduled: datetime) -> date:
+    """Return the day that a tick before `day_end` rolls from: the one whose close is nearest, whatever the clocks do."""
+    running = calendar.date_at(_ns(scheduled))
+    return min((running - timedelta(days=1), running), key=lambda day: abs(calendar.close_ns(day) - _ns(scheduled)))
 
 
 def started_at(calendar: TradingCalendar, scheduled: datetime) -> date:

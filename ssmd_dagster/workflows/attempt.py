@@ -62,12 +62,19 @@ class Verb(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What an operator may ask of a verb. `rolling` is set where a roll ends the day: clients stay connected."""
+    """What an operator or a roll may ask of a verb.
+
+    A roll starts the new day with `rolled_from`, ACTIVE not before `boundary_ns` (None: as soon as it is ready), and ends the
+    old one with `rolling` (its clients stay connected), its window closed at `close_ns`.
+    """
 
     mode: Literal["live", "replay"] | None = None
     force: bool = False
     reason: str | None = None
+    rolled_from: str | None = None
+    boundary_ns: int | None = None
     rolling: bool = False
+    close_ns: int | None = None
 
 
 @dataclass

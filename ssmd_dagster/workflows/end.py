@@ -27,7 +27,7 @@ from ssmd_dagster.stores.objects import ObjectExistsError
 from ssmd_dagster.workflows.attempt import Attempt, Step, Verb
 from ssmd_dagster.workflows.desk import Desk
 from ssmd_dagster.workflows.lease import wait_until_gone
-from ssmd_dagster.workflows.start import create_streams, stop_capture
+from ssmd_dagster.workflows.start import create_streams, stop_capture, wait_until
 from ssmd_dagster.workflows.verify import read_back, verify
 
 VERB = "end"
@@ -35,6 +35,8 @@ ARCHIVE_TIMEOUT_S = 4 * 3600.0
 """How long an archiver may take to catch up. Its progress is shown; `--force` is for those who cannot wait."""
 FORCED_TIMEOUT_S = 10.0
 ANSWER_TIMEOUT_S = 30.0
+OVERLAP_NS = 3_000_000_000
+"""How long the old day's connector records on beyond the boundary of a roll."""
 AUDIT_TIMEOUT_S = 3600.0
 POLL_S = 0.2
 TELL_EVERY_S = 5.0
@@ -76,10 +78,13 @@ async def take(attempt: Attempt) -> TradingDay:
     desk, date = attempt.desk, attempt.date
     day = await desk.book.day(date)
     running = day is not None and day.state in (DayState.ACTIVE, DayState.ERROR)
-    now_ns = desk.setting.clock()
-    window = desk.window(day) if day is not None else None
-    early = window is not None and now_ns < window.close_ns
-    data = EndRequested(close_ns=now_ns if early else None, forced_by=desk.actor if attempt.options.force else None)
+    closes_ns = attempt.options.close_ns
+    if closes_ns is not None:
+        # Both days record the seconds around the boundary, so that each has all of its own by the exchange's time.
+        await wait_until(desk, closes_ns + OVERLAP_NS)
+    elif day is not None and desk.setting.clock() < desk.window(day).close_ns:
+        closes_ns = desk.setting.clock()
+    data = EndRequested(close_ns=closes_ns, forced_by=desk.actor if attempt.options.force else None)
     return await desk.book.append(
         date,
         EventName.END_REQUESTED,

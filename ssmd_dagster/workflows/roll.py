@@ -1,4 +1,9 @@
-"""Roll: end the current trading day and start the next one."""
+"""Roll: start the next trading day beside the running one, change over at the boundary, then end the old one.
+
+The next day's connector is subscribed and has its snapshots before the boundary, the old one stops some seconds after it: the
+raw files of both hold what either socket saw, and each row belongs to the day of the exchange's own event time. A roll that is
+late changes over at once; the old day has recorded on until then. A roll by hand ends one day and opens the next at one instant.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +14,16 @@ import msgspec
 
 from ssmd_dagster.day.events import TradingDay
 from ssmd_dagster.day.states import DayState
-from ssmd_dagster.errors import RefusedError, SsmdError
+from ssmd_dagster.errors import RefusedError
 from ssmd_dagster.workflows.attempt import Attempt, Options
 from ssmd_dagster.workflows.desk import Desk
 from ssmd_dagster.workflows.end import END
 from ssmd_dagster.workflows.start import START
+
+LEAD_S = 120
+"""How long before the boundary a scheduled roll begins, so that a slow launch does no harm."""
+WAITS_FOR_BOUNDARY_S = 900
+"""A roll that is asked for less than this before the boundary waits for it; an earlier one changes over at once."""
 
 
 class Rolled(msgspec.Struct, frozen=True):
@@ -24,55 +34,54 @@ class Rolled(msgspec.Struct, frozen=True):
     already: bool = False
 
 
-def next_date(desk: Desk, date: str) -> str:
-    """Return the day that follows `date` in a roll: the next date, or today's where days in between were missed."""
-    return max((Date.fromisoformat(date) + timedelta(days=1)).isoformat(), desk.today())
-
-
 async def dates_to_roll(desk: Desk, date: str | None = None) -> tuple[str, str]:
     """Return the day to end (the current one, or `date`) and the day to start.
 
-    Raises `RefusedError` where no day runs.
+    Raises `RefusedError` where there is no day to roll from.
     """
     book = await desk.book.refresh()
     ending = date or book.current
     if ending is None or ending not in book.days:
         raise RefusedError(
-            "there is no trading day to roll from" if date is None else f"trading day {date} was never started",
+            "there is no trading day to roll from" if ending is None else f"trading day {ending} was never started",
             where=desk.env,
             do=f"Start one: `ssmd day start {desk.env}`.",
         )
-    later = [day.date for day in book.days.values() if day.date > ending and day.ever_active]
-    return ending, min(later) if later else next_date(desk, ending)
+    later = [
+        day.date for day in book.days.values() if day.date > ending and day.mode == "live" and day.epoch is not None
+    ]
+    following = (Date.fromisoformat(ending) + timedelta(days=1)).isoformat()
+    return ending, min(later) if later else max(following, desk.today())
 
 
-def ending_of(desk: Desk, date: str) -> Attempt:
-    """Return the attempt at the roll's first half."""
-    return Attempt(desk, date, END, Options(rolling=True))
+def starting_of(desk: Desk, ending: str, starting: str) -> Attempt:
+    """Return the attempt at the roll's first half: the new day beside the running one."""
+    close_ns = desk.calendar.close_ns(Date.fromisoformat(ending))
+    left_s = (close_ns - desk.setting.clock()) / 1e9
+    waits = 0 < left_s <= WAITS_FOR_BOUNDARY_S and desk.calendar.auto_roll
+    options = Options(mode="live", rolled_from=ending, boundary_ns=close_ns if waits else None)
+    return Attempt(desk, starting, START, options)
 
 
-def starting_of(desk: Desk, date: str) -> Attempt:
-    """Return the attempt at the roll's second half: the new day opens now, whatever the calendar says."""
-    return Attempt(desk, date, START, Options(mode="live"))
+def ending_of(desk: Desk, ending: str, starting: str) -> Attempt:
+    """Return the attempt at the roll's second half; the new day is ACTIVE by now and says when it opened."""
+    opened = desk.book.book.days[starting]
+    return Attempt(desk, ending, END, Options(rolling=True, close_ns=desk.window(opened).open_ns))
 
 
 async def roll(desk: Desk, date: str | None = None) -> Rolled:
-    """End the current day and start the next; a next day that runs already is a success that says so.
+    """Start the next day, change over, and end the current one; what is so already is left as it is.
 
-    A day that cannot be ended does not keep the next one from being recorded: that one is started, then the failure is raised.
+    Where the next day cannot be started, the current one records on and the failure is raised.
     """
     ending, starting = await dates_to_roll(desk, date)
     following = desk.book.book.days.get(starting)
-    if following is not None and following.state is DayState.ACTIVE:
-        ended = desk.book.book.days[ending]
-        if ended.state is DayState.COMPLETE:
-            return Rolled(ended, following, already=True)
-    failure: SsmdError | None = None
-    try:
-        await ending_of(desk, ending).go()
-    except SsmdError as error:
-        failure = error
-    started = await starting_of(desk, starting).go()
-    if failure is not None:
-        raise failure
-    return Rolled(desk.book.book.days[ending], started)
+    if (
+        following is not None
+        and following.state is DayState.ACTIVE
+        and desk.book.book.days[ending].state is DayState.COMPLETE
+    ):
+        return Rolled(desk.book.book.days[ending], following, already=True)
+    started = await starting_of(desk, ending, starting).go()
+    ended = await ending_of(desk, ending, starting).go()
+    return Rolled(ended, started)

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from datetime import date as Date  # noqa: N812 - `date` is the contract's word for the written form
+from datetime import timedelta
 from typing import Any
 
 from ssmd_dagster.capture.archiver import COMPONENT as ARCHIVER
@@ -27,6 +28,7 @@ HEALTH_TIMEOUT_S = 30.0
 QUIET_AFTER_S = 10.0
 """How long the health check waits for a first data frame before it asks whether the exchange is closed."""
 POLL_S = 0.1
+CLOCK_POLL_S = 0.2
 
 
 async def may_start(attempt: Attempt) -> bool:
@@ -83,10 +85,9 @@ async def take(attempt: Attempt) -> TradingDay:
         day = await desk.book.append(date, EventName.DEFINED)
     again = day.state is DayState.COMPLETE
     now_ns = desk.setting.clock()
-    opened_by_hand = attempt.options.mode is not None or not desk.calendar.auto_roll
     data = StartRequested(
         mode="live",
-        open_ns=now_ns if opened_by_hand and not day.ever_active else None,
+        open_ns=None if day.ever_active or _opens_by_calendar(attempt) else now_ns,
         revision=day.revision + 1 if again else day.revision,
     )
     ended_ns = day.ended_ns
@@ -102,12 +103,52 @@ async def take(attempt: Attempt) -> TradingDay:
     return day
 
 
+def _opens_by_calendar(attempt: Attempt) -> bool:
+    """Tell whether the day's window begins where the day before it ends: in a roll, or where that day was recorded too."""
+    if attempt.options.rolled_from is not None:
+        return True
+    before = (Date.fromisoformat(attempt.date) - timedelta(days=1)).isoformat()
+    return attempt.desk.calendar.auto_roll and before in attempt.desk.book.book.days
+
+
 async def finish(attempt: Attempt) -> TradingDay:
-    """Append ACTIVE."""
-    beats = await attempt.desk.stores.cache.heartbeats(attempt.date)
-    connectors = connector_names(attempt.desk.setting.env)
+    """Append ACTIVE: at the boundary where a roll comes before it, else now.
+
+    A day that opens by the calendar and that nobody recorded from then on has a gap, `late_start`, up to here.
+    """
+    desk, date, options = attempt.desk, attempt.date, attempt.options
+    if options.boundary_ns is not None:
+        left_s = (options.boundary_ns - desk.setting.clock()) / 1e9
+        attempt.tell("note", "boundary", f"Ready; the day begins in {max(0.0, left_s):.0f} s")
+        await wait_until(desk, options.boundary_ns)
+    beats = await desk.stores.cache.heartbeats(date)
+    connectors = connector_names(desk.setting.env)
     markets = max((int(beat.get("markets", 0)) for name, beat in beats.items() if name in connectors), default=0)
-    return await attempt.journal(EventName.STARTED, Started(markets=markets, connections=len(connectors)))
+    day = attempt.day
+    now_ns = desk.setting.clock()
+    at_once = options.rolled_from is not None and now_ns < desk.calendar.open_ns(Date.fromisoformat(date))
+    first_time = not day.ever_active
+    started = await attempt.journal(
+        EventName.STARTED, Started(open_ns=now_ns if at_once else None, markets=markets, connections=len(connectors))
+    )
+    open_ns = desk.window(started).open_ns
+    if first_time and open_ns < now_ns and day.open_ns is None and not _still_recorded(desk, options.rolled_from):
+        gap_id = f"gap-{day.epoch}-late-start"
+        await attempt.journal(EventName.GAP_OPENED, GapOpened(gap_id=gap_id, cause="late_start", from_ns=open_ns))
+        started = await attempt.journal(EventName.GAP_CLOSED, GapClosed(gap_id=gap_id, to_ns=now_ns, outcome="stays"))
+    return started
+
+
+def _still_recorded(desk: Desk, date: str | None) -> bool:
+    """Tell whether the day that is rolled from records on until its end, and so what came before the new day was up."""
+    before = desk.book.book.days.get(date or "")
+    return before is not None and before.state is DayState.ACTIVE
+
+
+async def wait_until(desk: Desk, at_ns: int) -> None:
+    """Wait until the environment's clock has reached `at_ns`; looked at often, since a simulated clock may be moved."""
+    while (left_ns := at_ns - desk.setting.clock()) > 0:
+        await asyncio.sleep(min(left_ns / 1e9, CLOCK_POLL_S))
 
 
 async def sync_security_master(attempt: Attempt) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import urllib.request
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -57,7 +56,7 @@ class Instance:
         params = {
             "selector": {**LOCATION, "jobName": f"{ENV}_{verb}_day"},
             "runConfigData": {},
-            "executionMetadata": {"tags": [{"key": "dagster/partition", "value": today()}]},
+            "executionMetadata": {"tags": [{"key": "dagster/partition", "value": self.house.today()}]},
         }
         return str(self.ask(LAUNCH, params=params)["run"]["runId"])
 
@@ -76,11 +75,6 @@ class Instance:
         return self.run(run_id)
 
 
-def today() -> str:
-    """Return the simulated exchange's date, which is the host's here."""
-    return datetime.now(UTC).date().isoformat()
-
-
 @pytest.fixture(scope="module")
 def dagster_instance(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Instance]:
     """A house with Dagster in it."""
@@ -95,7 +89,8 @@ def dagster_instance(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Insta
 
 def test_a_cancelled_run_leaves_a_failed_day_that_a_re_execution_starts(dagster_instance: Instance) -> None:
     """Cancelled in `archive`, a run stops what it started, journals it and gives the lease back; then it is done again."""
-    house, day = dagster_instance.house, today()
+    house = dagster_instance.house
+    day = house.today()
     obstacle = segments_dir(house.home, ENV, day).parent
     obstacle.parent.mkdir(mode=0o700, exist_ok=True)
     obstacle.write_text("in the way")
@@ -119,12 +114,13 @@ def test_a_cancelled_run_leaves_a_failed_day_that_a_re_execution_starts(dagster_
 
 def test_one_run_at_a_time_works_on_an_environment(dagster_instance: Instance) -> None:
     """Two runs of one lane go one after the other; the Partitions tab knows of both; the day is COMPLETE."""
+    house = dagster_instance.house
     first, second = dagster_instance.launch("start"), dagster_instance.launch("end")
     started, ended = dagster_instance.end_of(first), dagster_instance.end_of(second)
     assert (started["status"], ended["status"]) == ("SUCCESS", "SUCCESS")
     assert ended["startTime"] >= started["endTime"]
-    assert dagster_instance.house.day(ENV, today())["state"] == "COMPLETE"
+    assert house.day(ENV, house.today())["state"] == "COMPLETE"
     for verb in ("start", "end"):
         name = f"{ENV}_{verb}_day_partition_set"
         statuses = dagster_instance.ask(PARTITIONS, name=name, selector=LOCATION)["partitionStatusesOrError"]["results"]
-        assert statuses[-1] == {"partitionName": today(), "runStatus": "SUCCESS"}
+        assert statuses[-1] == {"partitionName": house.today(), "runStatus": "SUCCESS"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from datetime import UTC, date, datetime, timedelta
+from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -79,14 +79,9 @@ def outputs(result: dg.ExecuteInProcessResult | dg.JobExecutionResult) -> dict[s
     }
 
 
-def today() -> str:
-    """Return the date of the simulated exchange, whose clock is not shifted here."""
-    return datetime.now(UTC).date().isoformat()
-
-
 def break_archiver(house: House, env: str) -> Path:
     """Put a file where the archiver wants its folder; without it the archiver runs again."""
-    folder = segments_dir(house.home, env, today()).parent
+    folder = segments_dir(house.home, env, house.today()).parent
     folder.parent.mkdir(mode=0o700, exist_ok=True)
     folder.write_text("in the way")
     return folder
@@ -94,7 +89,7 @@ def break_archiver(house: House, env: str) -> Path:
 
 def test_a_day_is_started_and_ended(in_house: House, simulated: str) -> None:
     """Each op does its step; the outputs show state, epoch, counts and the ledger; doing it again changes nothing."""
-    day = today()
+    day = in_house.today()
     started = run(simulated, "start", day)
     assert started.success
     shown = outputs(started)
@@ -125,18 +120,19 @@ def test_a_day_is_started_and_ended(in_house: House, simulated: str) -> None:
     assert [step["step"] for step in seen["steps"]][: len(START_STEPS)] == START_STEPS
 
 
-def test_a_roll_ends_the_partition_and_starts_the_next_day(in_house: House, simulated: str) -> None:
-    """The partition is the day that ends, and it ends first; a second roll of it finds everything done."""
-    day, following = today(), (date.fromisoformat(today()) + timedelta(days=1)).isoformat()
+def test_a_roll_starts_the_next_day_and_ends_the_partition(in_house: House, simulated: str) -> None:
+    """The partition is the day that ends, once the next one is up; a second roll of it finds everything done."""
+    day = in_house.today()
+    following = (date.fromisoformat(day) + timedelta(days=1)).isoformat()
     assert run(simulated, "start", day).success
     rolled = run(simulated, "roll", day)
     assert rolled.success
     shown = outputs(rolled)
-    assert list(shown)[4:6] == ["end_day.complete", "start_day.take_day"]
-    assert (shown["end_day.complete"]["day"], shown["end_day.complete"]["state"]) == (day, "COMPLETE")
-    assert (shown["start_day.health"]["day"], shown["start_day.health"]["state"]) == (following, "ACTIVE")
+    assert list(shown)[5:7] == ["health", "drain"]
+    assert (shown["health"]["day"], shown["health"]["state"]) == (following, "ACTIVE")
+    assert (shown["complete"]["day"], shown["complete"]["state"]) == (day, "COMPLETE")
     again = outputs(run(simulated, "roll", day))
-    assert again["end_day.complete"]["already"] is again["start_day.health"]["already"] is True
+    assert again["complete"]["already"] is again["health"]["already"] is True
     in_house.ssmd("day", "end", simulated, "--date", following)
 
 
@@ -144,20 +140,21 @@ def test_a_roll_ends_the_partition_and_starts_the_next_day(in_house: House, simu
 def test_a_day_that_cannot_be_ended_does_not_keep_the_next_one_from_being_recorded(
     in_house: House, simulated: str, instance: dg.DagsterInstance
 ) -> None:
-    """The roll fails with its first half, the second half is done, and a re-execution repeats the first half only."""
-    day, following = today(), (date.fromisoformat(today()) + timedelta(days=1)).isoformat()
+    """The roll fails with its second half, the first half is done, and a re-execution repeats the second half only."""
+    day = in_house.today()
+    following = (date.fromisoformat(day) + timedelta(days=1)).isoformat()
     obstacle = break_archiver(in_house, simulated)
     assert not run(simulated, "start", day).success
     obstacle.unlink()
     rolled = run(simulated, "roll", day, instance=instance)
     assert not rolled.success
     ((step, (text, metadata)),) = failures(rolled).items()
-    assert step == "end_day.drain"
+    assert step == "drain"
     assert f"trading day {day} is FAILED and never was ACTIVE" in text
     assert (metadata["exit_code"], metadata["command"]) == (5, f"ssmd day status {simulated}")
-    assert outputs(rolled)["start_day.health"]["day"] == following
+    assert outputs(rolled)["health"]["day"] == following
     again = re_executed(simulated, "roll", day, rolled.run_id, instance)
-    assert failures(again)["end_day.drain"][0] == text
+    assert failures(again)["drain"][0] == text
     assert not outputs(again)
     in_house.ssmd("day", "end", simulated, "--date", following)
 
@@ -180,7 +177,7 @@ def test_a_re_execution_from_failure_takes_the_day_under_a_new_epoch(
     in_house: House, simulated: str, instance: dg.DagsterInstance
 ) -> None:
     """A run that fails in `archive` leaves the day FAILED; re-executed, it redoes what came before and ends ACTIVE."""
-    day = today()
+    day = in_house.today()
     obstacle = break_archiver(in_house, simulated)
     failed = run(simulated, "start", day, instance=instance)
     ((step, (text, metadata)),) = failures(failed).items()
@@ -204,7 +201,7 @@ def test_a_re_execution_from_failure_takes_the_day_under_a_new_epoch(
 
 def test_a_run_that_stops_between_two_steps_fails_its_day(in_house: House, simulated: str) -> None:
     """A run of the first op alone takes the day and leaves it FAILED, without a lease, free for the next start."""
-    day = today()
+    day = in_house.today()
     assert run(simulated, "start", day, op_selection=["take_day"]).success
     left = in_house.day(simulated, day)
     assert (left["state"], left["error"]) == ("FAILED", "interrupted before secmaster")
@@ -215,7 +212,7 @@ def test_a_run_that_stops_between_two_steps_fails_its_day(in_house: House, simul
 @pytest.mark.parametrize("ending", ["it goes on", "it stops"])
 def test_a_run_whose_day_was_taken_by_another_leaves_it_alone(in_house: House, simulated: str, ending: str) -> None:
     """A run that has lost its lease neither goes on nor stops anything once another attempt has the day."""
-    day = today()
+    day = in_house.today()
     late = DaySession(simulated, "late", rolls=False)
     attempt = late.begin("start", day, report_nothing)
     late._background.run(attempt.close(), report_nothing)  # as if its lease had run out
@@ -254,13 +251,13 @@ def test_a_partition_that_is_no_day_fails_in_the_first_op(
 
 
 def test_servers_that_do_not_run_are_a_failure_of_the_first_op(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without `ssmd up` the first op says so; it is no error of the resource, and a roll's second half says it too."""
+    """Without `ssmd up` the first op says so; it is no error of the resource."""
     house = House.build(tmp_path)
     house.add("quiet", simulator={"seed": 1})
     monkeypatch.setenv("SSMD_HOME", str(house.home))
     monkeypatch.setenv("SSMD_EXCHANGES", str(house.exchanges))
-    for verb, first in (("start", ["take_day"]), ("roll", ["end_day.drain", "start_day.take_day"])):
-        failed = failures(run("quiet", verb, today()))
+    for verb, first in (("start", ["take_day"]), ("roll", ["take_day"])):
+        failed = failures(run("quiet", verb, house.today()))
         assert list(failed) == first
         for text, metadata in failed.values():
             assert "Run `ssmd up`" in text
@@ -277,7 +274,7 @@ def test_a_configuration_that_broke_since_loading_is_a_failure_of_the_first_op(
     monkeypatch.setenv("SSMD_EXCHANGES", str(house.exchanges))
     job = job_of("quiet", "start")
     house.add("quiet", simulator={"seed": -1})
-    result = job.execute_in_process(partition_key=today(), raise_on_error=False)
+    result = job.execute_in_process(partition_key=house.today(), raise_on_error=False)
     text, metadata = failures(result)["take_day"]
     assert "simulator.seed: got -1" in text
     assert (metadata["exit_code"], metadata["command"]) == (8, "ssmd env validate quiet")

@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 
 from ssmd_dagster.day.calendar import TradingCalendar
 from ssmd_dagster.defs.build import build_definitions
-from ssmd_dagster.defs.schedules import closed_at, started_at
+from ssmd_dagster.defs.schedules import before, closed_at, rolled_at, started_at
 from ssmd_dagster.environments.loader import load_registry
+from ssmd_dagster.workflows.roll import LEAD_S
 from ssmd_dagster_tests.environments.folders import changed, copied
 
 NEW_YORK = "America/New_York"
@@ -74,12 +75,12 @@ def days_of(ticking: Ticking, around: date) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("around", [SPRING, AUTUMN])
-def test_a_day_is_rolled_at_midnight_under_the_date_that_ends(tmp_path: Path, around: date) -> None:
-    """With `day_end` 00:00 the tick of a date rolls the date before it, also over both changes of the clocks."""
+def test_a_day_is_rolled_before_midnight_under_the_date_that_ends(tmp_path: Path, around: date) -> None:
+    """With `day_end` 00:00 a tick two minutes before it rolls that very date, also over both changes of the clocks."""
     rolling = schedule_of(tmp_path / "roll", "roll", start="00:10", end="00:00", zone=NEW_YORK, roll=True)
     starting = schedule_of(tmp_path / "start", "start", start="00:10", end="00:00", zone=NEW_YORK, roll=True)
     dates = [around + timedelta(days=offset) for offset in (-1, 0, 1)]
-    assert days_of(rolling, around) == [(f"{day:%d} 00:00", f"{day - timedelta(days=1)}") for day in dates]
+    assert days_of(rolling, around) == [(f"{day:%d} 23:58", f"{day}") for day in dates]
     assert days_of(starting, around) == [(f"{day:%d} 00:10", f"{day}") for day in dates]
 
 
@@ -92,12 +93,12 @@ def test_a_day_that_ends_on_its_own_date_is_ended_under_that_date(tmp_path: Path
 
 
 def test_times_that_the_clock_skips_or_repeats_make_one_tick_for_the_right_day(tmp_path: Path) -> None:
-    """A `day_end` of 02:30 fires at the jump in spring; one of 01:30 fires once in autumn; each date is ended once."""
+    """The tick before a `day_end` of 02:30 fires at the jump in spring, one of 01:30 once in autumn; each date ends once."""
     skipped = schedule_of(tmp_path / "skipped", "roll", start="02:45", end="02:30", zone=NEW_YORK, roll=True)
     assert days_of(skipped, SPRING) == [
-        ("07 02:30", "2026-03-06"),
+        ("07 02:28", "2026-03-06"),
         ("08 03:00", "2026-03-07"),
-        ("09 02:30", "2026-03-08"),
+        ("09 02:28", "2026-03-08"),
     ]
     repeated = schedule_of(tmp_path / "repeated", "end", start="00:30", end="01:30", zone=NEW_YORK, roll=False)
     assert days_of(repeated, AUTUMN) == [
@@ -106,11 +107,11 @@ def test_times_that_the_clock_skips_or_repeats_make_one_tick_for_the_right_day(t
 
 
 def test_nothing_is_asked_for_before_the_first_day(tmp_path: Path) -> None:
-    """The first midnight closes a date before the first day: it is skipped, with the reason; the next one is not."""
+    """The tick before the first day's midnight is skipped, with the reason; the next one is not."""
     rolling = schedule_of(tmp_path, "roll", start="00:10", end="00:00", zone="UTC", roll=True)
-    skipped = rolling.tick(datetime(2025, 12, 1, tzinfo=UTC))
+    skipped = rolling.tick(datetime(2025, 11, 30, 23, 58, tzinfo=UTC))
     assert skipped.skip_message == "2025-11-30 is before the first day of kalshi-sim, 2025-12-01"
-    (request,) = rolling.tick(datetime(2025, 12, 2, tzinfo=UTC)).run_requests or []
+    (request,) = rolling.tick(datetime(2025, 12, 1, 23, 58, tzinfo=UTC)).run_requests or []
     assert (request.partition_key, request.run_key) == ("2025-12-01", "kalshi_sim_roll_day:2025-12-01")
 
 
@@ -125,7 +126,7 @@ ZONES = st.sampled_from(
 def test_consecutive_ticks_are_for_consecutive_days(start: str, end: str, zone: str, first: date) -> None:
     """Whatever the times and the zone: Dagster's ticks of `day_end` close each date once, never before its close."""
     calendar = TradingCalendar(timezone=zone, day_start=start, day_end=end, auto_roll=True, first_day=date(2000, 1, 1))
-    for at, day_of in ((end, closed_at), (start, started_at)):
+    for at, day_of in ((end, closed_at), (before(end, LEAD_S), rolled_at), (start, started_at)):
         cron = f"{int(at[3:])} {int(at[:2])} * * *"
         after = datetime.combine(first, datetime.min.time(), tzinfo=ZoneInfo(zone)).timestamp()
         ticks = list(islice(ticks_of(cron, zone, after), 4))

@@ -19,7 +19,7 @@ def _messages(house: House, env: str) -> int:
     return int(house.day(env, house.today())["messages"])
 
 
-def _pid(house: House, program: str, group: str) -> int | None:
+def pid_of(house: House, program: str, group: str) -> int | None:
     """Return the process that the supervisor of this house runs under that name."""
     for process in psutil.process_iter():
         try:
@@ -37,9 +37,9 @@ def _pid(house: House, program: str, group: str) -> int | None:
 
 def _kill(house: House, program: str, group: str) -> None:
     """SIGKILL a process and wait until its supervisor has put another one into its place."""
-    pid = until(lambda: _pid(house, program, group))
+    pid = until(lambda: pid_of(house, program, group))
     os.kill(pid, signal.SIGKILL)
-    until(lambda: _pid(house, program, group) not in (None, pid))
+    until(lambda: pid_of(house, program, group) not in (None, pid))
 
 
 @pytest.fixture

@@ -108,10 +108,10 @@ def test_a_roll_by_hand_ends_one_day_and_starts_the_next(house: House, simulated
     lines = rolled.stdout.splitlines()
     design = [
         f"Rolling from {first} to {second}...",
-        f"  Ending {first}...",
-        f"  ✓ Day {first} COMPLETE",
         f"  Starting {second}...",
         f"  ✓ Day {second} ACTIVE",
+        f"  Ending {first}...",
+        f"  ✓ Day {first} COMPLETE",
         "Roll complete",
     ]
     assert [line for line in lines if line in design] == design

@@ -1,0 +1,245 @@
+"""After the audit a day's spool is finished, counted, declared and in the stream, and a second audit finds nothing to do."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from pathlib import Path
+
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from ssmd_dagster.archive.intervals import torn_in
+from ssmd_dagster.archive.records import parse_record
+from ssmd_dagster.capture.audit import COMPONENT, audit, count_connection, finish_connection, republish
+from ssmd_dagster.capture.setting import Setting
+from ssmd_dagster.capture.spool import read_spool, spooled_records
+from ssmd_dagster.day.payloads import ChannelCount
+from ssmd_dagster.environments.home import spool_dir
+from ssmd_dagster.exchange import SESSION
+from ssmd_dagster.stores.connect import Stores
+from ssmd_dagster.stores.daybook import DayBook
+from ssmd_dagster.stores.stream import BatchId
+from ssmd_dagster_tests.capture.recordings import (
+    DATE,
+    Recording,
+    a_recording,
+    build_segments,
+    header_of,
+    read_segments,
+    spooled_batches,
+)
+
+NOW_NS = 1_765_680_000_000_000_000
+RECORDING = a_recording(frames=60)
+WHOLE = b"".join(RECORDING.batches())
+LINES = {
+    record.n: line
+    for flush in RECORDING.flushes
+    for unsealed in flush
+    for line in unsealed.block.splitlines()
+    for record in (parse_record(line),)
+}
+
+
+def lines_of(path: Path) -> dict[int, bytes]:
+    """Return every line of a spool file by its ordinal."""
+    return {
+        parse_record(line).n: line
+        for batch, encoded in read_spool(path)
+        for line in spooled_records(encoded, batch).splitlines()
+    }
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], max_examples=120)
+@example(cut=0, second_cut=0)
+@example(cut=len(WHOLE), second_cut=0)
+@example(cut=len(WHOLE) - 1, second_cut=3)
+@given(cut=st.integers(0, len(WHOLE)), second_cut=st.integers(0, 2_000))
+def test_a_file_cut_anywhere_is_finished_so_that_the_archive_adds_up(tmp_path: Path, cut: int, second_cut: int) -> None:
+    """Every whole record is kept and in an interval, what a torn flush lost is declared; a second run changes nothing.
+
+    Also where the audit itself is killed while it writes.
+    """
+    path = tmp_path / "812-a-0.batches"
+    path.write_bytes(WHOLE[:cut])
+    before = lines_of(path)
+    noted = finish_connection(path, NOW_NS)
+    finished = path.read_bytes()
+    assert finish_connection(path, NOW_NS + 5) == 0
+    assert path.read_bytes() == finished
+
+    after = lines_of(path)
+    assert {n: after[n] for n in before} == before == {n: LINES[n] for n in before}
+    assert len(after) == len(before) + noted
+    assert bool(noted) == bool(before and cut < len(WHOLE))
+    for folder in ("first", "second"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+    readback = read_segments(build_segments(tmp_path / "first", spooled_batches(path)))
+    assert readback.faults == ()
+    assert readback.records == len(after)
+    assert readback.received == readback.archived
+
+    path.write_bytes(finished[: max(0, len(finished) - second_cut)])
+    finish_connection(path, NOW_NS + 9)
+    assert read_segments(build_segments(tmp_path / "second", spooled_batches(path))).faults == ()
+
+
+def test_what_a_torn_flush_lost_is_declared_by_its_ordinals(tmp_path: Path) -> None:
+    """A flush of which only the first channel's batch got in leaves holes, and a note says which."""
+    recording = Recording()
+    recording.begin()
+    for seq in range(5):
+        recording.frame("trade", seq=seq)
+        recording.frame("ticker", seq=seq)
+    recording.recorder.flush()
+    path = recording.write(tmp_path)
+    trades = next(encoded for encoded in recording.batches() if header_of(encoded).header.channel == "trade")
+    session = recording.batches()[0]
+    path.write_bytes(session + trades + b"torn")
+    assert finish_connection(path, NOW_NS) == 3
+    notes = [
+        torn
+        for batch, encoded in read_spool(path)
+        if batch.header.channel == SESSION
+        for torn in torn_in(spooled_records(encoded, batch))
+    ]
+    assert [torn.note()["n"] for torn in notes] == [[3, 9]]
+    assert [torn.records for torn in notes] == [4]
+    assert read_segments(build_segments(tmp_path, spooled_batches(path))).faults == ()
+
+
+def test_a_spool_is_counted_from_its_headers(tmp_path: Path) -> None:
+    """Records, batches, bytes and the last ordinal per channel, of whole batches only."""
+    recording = a_recording()
+    path = recording.write(tmp_path)
+    counts = count_connection(path)
+    assert {name: count.records for name, count in counts.items()} == recording.recorder.by_channel
+    unsealed = [unsealed for flush in recording.flushes for unsealed in flush if unsealed.channel == "trade"]
+    assert counts["trade"] == ChannelCount(
+        records=sum(u.records for u in unsealed),
+        batches=len(unsealed),
+        bytes=sum(len(u.block) for u in unsealed),
+        last_n=unsealed[-1].n_last,
+    )
+    assert max(count.last_n for count in counts.values()) == recording.recorder.n - 1
+    path.write_bytes(path.read_bytes()[:-1])
+    assert sum(c.batches for c in count_connection(path).values()) == sum(c.batches for c in counts.values()) - 1
+    (tmp_path / "empty").touch()
+    assert count_connection(tmp_path / "empty") == {}
+
+
+async def publish(stores: Stores, *encoded: bytes) -> list[int]:
+    """Publish batches as a connector does and return their sequences."""
+    futures = [
+        await stores.raw_stream.publish(
+            data, date=DATE, channel=h.channel, conn=h.conn, batch=h.batch, records=h.records
+        )
+        for data in encoded
+        for h in (header_of(data).header,)
+    ]
+    return list(await asyncio.gather(*futures))
+
+
+def ids(*encoded: bytes) -> set[BatchId]:
+    """Return the identities of encoded batches."""
+    return {BatchId(h.conn, h.channel, h.batch) for data in encoded for h in (header_of(data).header,)}
+
+
+async def test_exactly_what_the_stream_lacks_is_published(tmp_path: Path, stores: Stores) -> None:
+    """Batches of several connections that the stream does not hold get there; those that it holds stay as they are."""
+    recordings = [a_recording(f"812-a-{i}", env=stores.journal.stream.removesuffix("-day")) for i in range(2)]
+    for recording in recordings:
+        recording.write(tmp_path)
+    batches = [data for recording in recordings for data in recording.batches()]
+    await publish(stores, *batches[::3])
+    last_seq = (await stores.js.stream_info(stores.raw_stream.stream)).state.last_seq
+    assert await republish(stores, tmp_path, DATE) == len(batches) - len(batches[::3])
+    async with stores.raw_stream.consume(DATE) as consumer:
+        taken = []
+        while len(taken) < len(batches):
+            fetched = await consumer.fetch(5)
+            assert fetched
+            taken += fetched
+        assert await consumer.backlog() == 0
+    assert sorted(message.data for message in taken) == sorted(batches)
+    repaired = [message.data for message in taken if message.seq > last_seq]
+    assert repaired == [data for i, data in enumerate(batches) if i % 3]
+    assert await republish(stores, tmp_path, DATE) == 0
+
+
+async def test_a_batch_that_is_lost_again_inside_the_duplicate_window_is_published_under_a_new_round(
+    tmp_path: Path, stores: Stores
+) -> None:
+    """The stream refuses what it has seen under that name a moment ago; the audit looks again and takes the next name."""
+    recording = a_recording()
+    recording.write(tmp_path)
+    batches = recording.batches()
+    stream = stores.raw_stream.stream
+    seqs = await publish(stores, *batches)
+    await stores.js.delete_msg(stream, seqs[3])
+    assert await republish(stores, tmp_path, DATE) == 1
+    await stores.js.delete_msg(stream, (await stores.js.stream_info(stream)).state.last_seq)
+    assert set(await stores.raw_stream.batches(DATE)) == ids(*batches) - ids(batches[3])
+    assert await republish(stores, tmp_path, DATE) == 2
+    assert set(await stores.raw_stream.batches(DATE)) == ids(*batches)
+
+
+async def test_a_batch_that_no_message_takes_does_not_keep_the_others_back(tmp_path: Path, stores: Stores) -> None:
+    """It stays in the spool; everything else is published."""
+    recording = a_recording(frames=20)
+    large = Recording("812-a-1")
+    large.frame("trade", pad=random.Random(1).randbytes(9 << 20).hex())
+    large.frame("ticker")
+    large.recorder.flush()
+    for each in (recording, large):
+        each.write(tmp_path)
+    small = [data for each in (recording, large) for data in each.batches() if len(data) < 8 << 20]
+    assert len(small) == len(recording.batches()) + 1
+    assert await republish(stores, tmp_path, DATE) == len(small)
+    assert set(await stores.raw_stream.batches(DATE)) == ids(*small)
+
+
+async def test_an_audit_finishes_declares_publishes_and_counts_and_a_second_one_does_nothing(
+    setting: Setting, stores: Stores, book: DayBook
+) -> None:
+    """A lost connection, a crash without a successor, and batches that the stream lacks, all at once."""
+    directory = spool_dir(setting.home, setting.env.name, DATE)
+    env = setting.env.name
+    lost = a_recording("3-a-0", env=env, end=False)
+    lost.end(told=False)
+    crashed = a_recording("3-a-1", env=env, end=False, clock=lost.clock)
+    for recording in (lost, crashed):
+        recording.write(directory)
+    await publish(stores, *lost.batches()[:5])
+
+    await audit(setting, stores, DATE)
+    day = await book.day(DATE)
+    assert day is not None
+    checkpoint = day.checkpoints[COMPONENT]
+    assert checkpoint.final
+    assert checkpoint.connections == {
+        conn: count_connection(directory / f"{conn}.batches") for conn in ("3-a-0", "3-a-1")
+    }
+    frames = sum(len(recording.payloads) for recording in (lost, crashed))
+    assert checkpoint.messages == frames
+    spooled = spooled_batches(directory / "3-a-0.batches", directory / "3-a-1.batches")
+    assert set(await stores.raw_stream.batches(DATE)) == ids(*spooled)
+    assert [(gap.gap_id, gap.cause, gap.outcome) for gap in day.gaps] == [
+        ("gap-3-a-0", "connection_lost", "stays"),
+        ("gap-3-a-1", "process_crash", "open"),
+    ]
+    events = len(await stores.journal.read())
+    files = {path: path.read_bytes() for path in directory.iterdir()}
+    await audit(setting, stores, DATE)
+    assert len(await stores.journal.read()) == events
+    assert {path: path.read_bytes() for path in directory.iterdir()} == files
+
+
+async def test_a_day_without_a_spool_is_audited_as_empty(setting: Setting, stores: Stores, book: DayBook) -> None:
+    """A day whose connector never got as far as a record has a checkpoint with nothing in it, and no gap."""
+    await audit(setting, stores, DATE)
+    day = await book.day(DATE)
+    assert day is not None
+    assert day.checkpoints[COMPONENT].connections == {}
+    assert (day.checkpoints[COMPONENT].messages, day.gaps) == (0, ())
