@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Iterator
 from itertools import islice, pairwise
 from pathlib import Path
@@ -147,7 +148,8 @@ class GapLog:
         self._component = component
         self._open: Lost | None = None
         self._up = False
-        self._events: asyncio.Queue[GapEvent] = asyncio.Queue(MAX_WAITING)
+        self._waiting: deque[GapEvent] = deque()
+        self._more = asyncio.Event()
         shard = component.removeprefix("connector-")
         for conn in reversed(spooled_connections(spool)):
             if shard_of(conn) == shard and (life := life_of(spool, conn)) is not None:
@@ -169,21 +171,31 @@ class GapLog:
             self._put(msgspec.structs.replace(self._open, to_ns=to_ns).events(self._component)[-1])
             self._open = None
 
+    @property
+    def waiting(self) -> int:
+        """Return how many events the journal has not been told of."""
+        return len(self._waiting)
+
     def _put(self, *events: GapEvent) -> None:
         for event, data in events:
-            try:
-                self._events.put_nowait((event, data))
-            except asyncio.QueueFull:
+            if len(self._waiting) >= MAX_WAITING:
                 # The spool holds the same facts, and the audit tells the journal of what it was not told of.
                 _log.error("the journal has not taken %d gap events; %s %s waits", MAX_WAITING, event, data.gap_id)
+            else:
+                self._waiting.append((event, data))
+        self._more.set()
 
     async def run(self, stores: Stores, clock: Clock, env: str, date: str) -> None:
         """Append what is waiting, in order, until cancelled; a journal that does not answer is asked again."""
         book = DayBook(env, stores.journal, stores.cache, clock, f"capture:{self._component}")
         while True:
-            event, data = await self._events.get()
-            while not await self._append(book, date, event, data):
-                await asyncio.sleep(RETRY_AFTER_S)
+            while self._waiting:
+                if await self._append(book, date, *self._waiting[0]):
+                    self._waiting.popleft()
+                else:
+                    await asyncio.sleep(RETRY_AFTER_S)
+            self._more.clear()
+            await self._more.wait()
 
     async def _append(self, book: DayBook, date: str, event: EventName, data: GapOpened | GapClosed) -> bool:
         try:

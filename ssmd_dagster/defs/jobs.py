@@ -1,4 +1,4 @@
-"""The jobs of an environment: start, end and roll one trading day. The graphs are written once, for all environments.
+"""The jobs of an environment: start, end, roll and recover one trading day. The graphs are written once, for all environments.
 
 The partition of a roll is the day that it ends. The next day is started first, beside it, and is ACTIVE at the boundary;
 where that fails, the old day records on and the run fails with what a re-execution from failure repeats.
@@ -43,6 +43,12 @@ def roll_day() -> None:
     ops.complete(ops.verify(ops.stop_capture(ops.flush(ops.drain(up)))))
 
 
+@dg.graph(description="Bring a trading day back to where it should be.")
+def recover_day() -> None:
+    """One op: what it has to do depends on what it finds."""
+    ops.recover()
+
+
 def faults_job(registry: Registry) -> dg.JobDefinition:
     """Return the job that shows, in its description, what is wrong with the configuration; its run says what is left."""
     faults = "\n".join(f"- `{fault}`" for fault in registry.faults)
@@ -60,12 +66,19 @@ def faults_job(registry: Registry) -> dg.JobDefinition:
 
 
 def jobs_of(environment: Environment, resource_overrides: Mapping[str, Any]) -> dict[str, dg.JobDefinition]:
-    """Return the jobs of an environment by verb: `start`, `end` and `roll`."""
+    """Return the jobs of an environment by verb: `start`, `end`, `roll` and `recover`."""
     name, days = environment.name, trading_days(environment)
     simulated = environment.simulator is not None
     clock = " Days follow the simulated exchange's clock, partitions the host's." if simulated else ""
 
-    def job(graph: dg.GraphDefinition, description: str, timeout_s: int, *, rolls: bool = False) -> dg.JobDefinition:
+    def job(
+        graph: dg.GraphDefinition,
+        description: str,
+        timeout_s: int,
+        *,
+        rolls: bool = False,
+        lane: str | None = f"{environment.name}/live",
+    ) -> dg.JobDefinition:
         job_name = f"{environment.slug}_{graph.name}"
         return graph.to_job(
             name=job_name,
@@ -75,7 +88,7 @@ def jobs_of(environment: Environment, resource_overrides: Mapping[str, Any]) -> 
             executor_def=dg.in_process_executor,
             tags={
                 "ssmd/environment": name,
-                "ssmd/lane": f"{name}/live",
+                **({"ssmd/lane": lane} if lane is not None else {}),
                 "dagster/max_runtime": str(timeout_s),
                 # The Partitions tab counts runs by this tag, which a launch over GraphQL or the CLI does not add.
                 "dagster/partition_set": f"{job_name}_partition_set",
@@ -103,5 +116,12 @@ def jobs_of(environment: Environment, resource_overrides: Mapping[str, Any]) -> 
             f"the boundary, then the partition's day is ended. The same as `ssmd day roll {name}`.",
             END_TIMEOUT_S,
             rolls=True,
+        ),
+        "recover": job(
+            recover_day,
+            f"Recovers the trading day of the partition in {name} from whatever was killed, to ACTIVE or on to COMPLETE. "
+            f"It waits for no other run: the journal's epoch is the lock. The same as `ssmd day recover {name}`.",
+            START_TIMEOUT_S,
+            lane=None,
         ),
     }

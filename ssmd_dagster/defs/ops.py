@@ -118,6 +118,15 @@ complete = _op(
 )
 
 
+recover = _op(
+    "recover",
+    "recover",
+    lambda session, partition, show: session.go("recover", partition, show),
+    "Asks the journal and the processes what is true, and goes on from there: brings dead processes back under a new epoch, "
+    "or finishes a start or an end that was cut off. A day with nothing wrong is a success.",
+)
+
+
 @dg.op(description="Reads the configuration again and fails with what is wrong with it.")
 def check_configuration(context: dg.OpExecutionContext) -> None:
     """Fail with every fault of the configuration as it is by now."""

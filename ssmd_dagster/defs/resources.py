@@ -25,6 +25,7 @@ from ssmd_dagster.errors import SsmdError, UsageError
 from ssmd_dagster.workflows.attempt import CLEAN_UP_TIMEOUT_S, Attempt
 from ssmd_dagster.workflows.desk import Desk, Progress, Report, open_desk
 from ssmd_dagster.workflows.end import END
+from ssmd_dagster.workflows.recover import recovery_of
 from ssmd_dagster.workflows.roll import dates_to_roll, ending_of, starting_of
 from ssmd_dagster.workflows.start import START
 
@@ -33,7 +34,7 @@ INTERRUPT_TIMEOUT_S = CLEAN_UP_TIMEOUT_S + 15.0
 CANCEL_AGAIN_S = 2.0
 THREAD_TIMEOUT_S = 5.0
 
-VerbName = Literal["start", "end"]
+VerbName = Literal["start", "end", "recover"]
 
 _T = TypeVar("_T")
 _log = logging.getLogger(__name__)
@@ -119,6 +120,10 @@ class DaySession:
         """Take the day for `verb`; raises `SsmdError`."""
         return self._background.run(self._do(verb, partition, lambda attempt: attempt.begin(), ends=False), show)
 
+    def go(self, verb: VerbName, partition: str | None, show: Report) -> Attempt:
+        """Do all of `verb` at once; raises `SsmdError`."""
+        return self._background.run(self._do(verb, partition, lambda attempt: attempt.go(), ends=True), show)
+
     def step(self, verb: VerbName, partition: str | None, step: str, show: Report) -> Attempt:
         """Do one step of `verb`, taking the day first where this run has not; raises `SsmdError`."""
         return self._background.run(self._do(verb, partition, lambda attempt: attempt.step(step), ends=False), show)
@@ -173,6 +178,8 @@ class DaySession:
         if self._desk is None:
             self._desk = await self._stack.enter_async_context(open_desk(setting, self._actor, self._background.report))
         desk = self._desk
+        if verb == "recover":
+            return await recovery_of(desk, partition)
         if self._rolls:
             ending, starting = await dates_to_roll(desk, partition)
             return ending_of(desk, ending, starting) if verb == "end" else starting_of(desk, ending, starting)

@@ -1,7 +1,7 @@
 """A whole trading day on this machine in about a minute, in a home of its own; nothing is left running.
 
 The simulated exchange's clock is put shortly before last midnight; yesterday is started through Dagster, recorded, and
-rolled into today through Dagster; today is ended with the command line's verb. Real servers, real processes, real files.
+rolled into today through Dagster, over midnight; today is ended with the command line's verb. Real servers, real processes, real files.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from ssmd_dagster.workflows.views import DayView, history, show
 
 ENVIRONMENT = "kalshi-sim"
 BEFORE_MIDNIGHT = timedelta(seconds=40)
+ROLL_BEFORE_MIDNIGHT = timedelta(seconds=12)
 FIRST_DAY_MESSAGES, SECOND_DAY_MESSAGES = 5_000, 2_000
 RECORD_TIMEOUT_S = 60.0
 RUN_TIMEOUT_S = 120.0
@@ -83,10 +84,12 @@ async def _two_days(setting: Setting, actor: str, clock: Clock, tell: Tell) -> R
     tell(f"Dagster ({dagster}) runs {slug}_start_day for {first}...")
     await _dagster_run(runs, f"{slug}_start_day", first, tell)
     await _record(setting, actor, first, FIRST_DAY_MESSAGES, tell)
-    if setting.clock() < midnight.timestamp() * 1e9:
-        await _set_clock(setting, midnight + timedelta(seconds=1))
-        tell("The exchange's clock passes midnight.")
-    tell(f"Dagster runs {slug}_roll_day for {first}: it ends, {second} starts...")
+    if setting.clock() < (midnight - ROLL_BEFORE_MIDNIGHT).timestamp() * 1e9:
+        await _set_clock(setting, midnight - ROLL_BEFORE_MIDNIGHT)
+        tell(f"The exchange's clock goes on to {midnight - ROLL_BEFORE_MIDNIGHT:%H:%M:%S}.")
+    tell(
+        f"Dagster runs {slug}_roll_day for {first}: {second} starts beside it and takes over at midnight, {first} ends..."
+    )
     await _dagster_run(runs, f"{slug}_roll_day", first, tell)
     await _record(setting, actor, second, SECOND_DAY_MESSAGES, tell)
     tell(f"Ending {second}...")

@@ -9,7 +9,7 @@ from pathlib import Path
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from ssmd_dagster.archive.intervals import torn_in
+from ssmd_dagster.archive.intervals import ends_session, torn_in
 from ssmd_dagster.archive.records import parse_record
 from ssmd_dagster.capture.audit import COMPONENT, audit, count_connection, finish_connection, republish
 from ssmd_dagster.capture.setting import Setting
@@ -19,7 +19,7 @@ from ssmd_dagster.environments.home import spool_dir
 from ssmd_dagster.exchange import SESSION
 from ssmd_dagster.stores.connect import Stores
 from ssmd_dagster.stores.daybook import DayBook
-from ssmd_dagster.stores.stream import BatchId
+from ssmd_dagster.stores.stream import BatchId, RawBatch
 from ssmd_dagster_tests.capture.recordings import (
     DATE,
     Recording,
@@ -72,7 +72,7 @@ def test_a_file_cut_anywhere_is_finished_so_that_the_archive_adds_up(tmp_path: P
     after = lines_of(path)
     assert {n: after[n] for n in before} == before == {n: LINES[n] for n in before}
     assert len(after) == len(before) + noted
-    assert bool(noted) == bool(before and cut < len(WHOLE))
+    assert (noted == 0) == (not before or ends_session(before[max(before)]))
     for folder in ("first", "second"):
         (tmp_path / folder).mkdir(exist_ok=True)
     readback = read_segments(build_segments(tmp_path / "first", spooled_batches(path)))
@@ -156,7 +156,7 @@ async def test_exactly_what_the_stream_lacks_is_published(tmp_path: Path, stores
     last_seq = (await stores.js.stream_info(stores.raw_stream.stream)).state.last_seq
     assert await republish(stores, tmp_path, DATE) == len(batches) - len(batches[::3])
     async with stores.raw_stream.consume(DATE) as consumer:
-        taken = []
+        taken: list[RawBatch] = []
         while len(taken) < len(batches):
             fetched = await consumer.fetch(5)
             assert fetched

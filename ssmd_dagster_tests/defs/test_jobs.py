@@ -136,6 +136,17 @@ def test_a_roll_starts_the_next_day_and_ends_the_partition(in_house: House, simu
     in_house.ssmd("day", "end", simulated, "--date", following)
 
 
+def test_a_recovery_finishes_what_was_cut_off_and_leaves_alone_what_runs(in_house: House, simulated: str) -> None:
+    """The job brings a killed start to ACTIVE; a second one finds nothing to do."""
+    day = in_house.today()
+    in_house.ssmd("day", "start", simulated, check=-9, SSMD_CRASH_AT="start.connector.after")
+    until(lambda: run(simulated, "recover", day).success)
+    assert in_house.day(simulated, day)["state"] == "ACTIVE"
+    again = outputs(run(simulated, "recover", day))
+    assert again["recover"]["already"] is True
+    in_house.ssmd("day", "end", simulated)
+
+
 @pytest.mark.usefixtures("impatient")
 def test_a_day_that_cannot_be_ended_does_not_keep_the_next_one_from_being_recorded(
     in_house: House, simulated: str, instance: dg.DagsterInstance

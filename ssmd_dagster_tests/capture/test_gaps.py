@@ -1,0 +1,201 @@
+"""Every interval without a connection is known from the spool, told once, and closed only by a connection that came up."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from ssmd_dagster.capture import gaps as gaps_module
+from ssmd_dagster.capture.audit import finish_connection
+from ssmd_dagster.capture.gaps import BUFFER_OVERFLOW, GapLog, Life, Lost, gaps_between, life_of, tell
+from ssmd_dagster.capture.setting import Setting
+from ssmd_dagster.day.events import Gap
+from ssmd_dagster.day.states import EventName
+from ssmd_dagster.stores.connect import Stores
+from ssmd_dagster.stores.daybook import DayBook
+from ssmd_dagster_tests.capture.recordings import DATE, START_NS, Recording, TickingClock, a_recording, eventually
+
+MS = 1_000_000
+
+
+def quiet_recording(conn: str, clock: TickingClock | None = None) -> Recording:
+    """Return a recording that came up and recorded one frame, not ended."""
+    recording = Recording(conn, clock=clock)
+    recording.begin()
+    recording.frame("trade")
+    recording.recorder.flush()
+    return recording
+
+
+def test_a_connection_that_was_told_to_stop_is_no_loss(tmp_path: Path) -> None:
+    """With data in all channels the note `stopping` is some batches before the end, and is found there."""
+    recording = a_recording()
+    recording.write(tmp_path)
+    life = life_of(tmp_path, "812-a-0")
+    assert life is not None
+    assert life.cause == "operator_stop"
+    assert gaps_between(tmp_path, "a") == []
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_killed_process_is_a_crash_from_its_last_frame_on(tmp_path: Path, finished: bool) -> None:
+    """Whether or not the audit has written what it owed, hours later."""
+    recording = quiet_recording("812-a-0")
+    last_ns = recording.recorder.last_frame_ns
+    path = recording.write(tmp_path)
+    if finished:
+        assert finish_connection(path, START_NS + 3_600_000 * MS) > 0
+    assert last_ns is not None
+    assert life_of(tmp_path, "812-a-0") == Life("812-a-0", START_NS + 2 * MS, last_ns, "process_crash")
+    assert gaps_between(tmp_path, "a") == [Lost("812-a-0", "process_crash", last_ns)]
+
+
+def test_a_lost_connection_is_lost_from_its_last_frame_on(tmp_path: Path) -> None:
+    """The silence before the loss was noticed belongs to the gap."""
+    recording = quiet_recording("812-a-0")
+    last_ns = recording.recorder.last_frame_ns
+    recording.clock.now_ns += 25_000 * MS
+    recording.recorder.note({"event": "silent", "for_s": 20.0})
+    recording.end(told=False)
+    recording.write(tmp_path)
+    life = life_of(tmp_path, "812-a-0")
+    assert life is not None
+    assert (life.cause, life.last_ns) == ("connection_lost", last_ns)
+
+
+def test_a_connection_that_was_closed_for_want_of_room_says_so(tmp_path: Path) -> None:
+    """Overflow is a cause of its own."""
+    recording = quiet_recording("812-a-0")
+    recording.recorder.note({"event": BUFFER_OVERFLOW, "bytes": 5})
+    recording.end(told=False)
+    recording.write(tmp_path)
+    life = life_of(tmp_path, "812-a-0")
+    assert life is not None
+    assert life.cause == BUFFER_OVERFLOW
+
+
+def test_words_in_a_frame_or_a_note_are_no_events(tmp_path: Path) -> None:
+    """Only a note's `event` tells how a connection ended, whatever a market or an error is called."""
+    recording = quiet_recording("812-a-0")
+    recording.frame("subscribed", ticker="stopping")
+    recording.recorder.note({"event": "error", "text": "stopping"})
+    recording.recorder.flush()
+    recording.write(tmp_path)
+    life = life_of(tmp_path, "812-a-0")
+    assert life is not None
+    assert life.cause == "process_crash"
+
+
+def test_gaps_lie_between_connections_that_came_up(tmp_path: Path) -> None:
+    """A connection that never subscribed neither begins nor ends a gap, nor does one of the other shard or an empty file."""
+    clock = TickingClock()
+    first = quiet_recording("812-a-9", clock)
+    first.end(told=False)
+    never = Recording("812-a-10", clock=clock)
+    never.recorder.note({"event": "connected"})
+    never.end(told=False)
+    (tmp_path / "812-a-11.batches").touch()
+    other = quiet_recording("812-b-0", clock)
+    last = quiet_recording("900-a-0", clock)
+    for recording in (first, never, other, last):
+        recording.write(tmp_path)
+    up = life_of(tmp_path, "900-a-0")
+    assert up is not None
+    assert life_of(tmp_path, "812-a-10") is life_of(tmp_path, "812-a-11") is None
+    first_ns, last_ns = first.recorder.last_frame_ns, last.recorder.last_frame_ns
+    assert first_ns is not None
+    assert last_ns is not None
+    assert gaps_between(tmp_path, "a") == [
+        Lost("812-a-9", "connection_lost", first_ns, up.up_ns),
+        Lost("900-a-0", "process_crash", last_ns),
+    ]
+    assert [lost.conn for lost in gaps_between(tmp_path, "b")] == ["812-b-0"]
+
+
+@contextlib.asynccontextmanager
+async def telling(log: GapLog, setting: Setting, stores: Stores) -> AsyncIterator[None]:
+    """Run a gap log's way to the journal until everything was told."""
+    task = asyncio.create_task(log.run(stores, setting.clock, setting.env.name, DATE))
+    try:
+        yield
+        await eventually(lambda: log.waiting == 0)
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def gaps_of(book: DayBook) -> list[Gap]:
+    """Return the day's gaps as the journal has them."""
+    day = await book.day(DATE)
+    assert day is not None
+    return list(day.gaps)
+
+
+async def test_a_new_process_opens_the_gap_behind_the_last_one_that_came_up(
+    tmp_path: Path, setting: Setting, stores: Stores, book: DayBook
+) -> None:
+    """Also where a later connection left an empty file; it is closed when its own first connection is up, and told once."""
+    recording = quiet_recording("3-a-0")
+    recording.write(tmp_path)
+    (tmp_path / "3-a-1.batches").touch()
+    for _ in range(2):
+        log = GapLog(tmp_path, "connector-a")
+        async with telling(log, setting, stores):
+            log.connection_up(START_NS + 9 * MS)
+        assert [(gap.gap_id, gap.cause, gap.from_ns, gap.to_ns) for gap in await gaps_of(book)] == [
+            ("gap-3-a-0", "process_crash", recording.recorder.last_frame_ns, START_NS + 9 * MS)
+        ]
+
+
+async def test_a_connection_that_never_came_up_leaves_the_open_gap_open(
+    tmp_path: Path, setting: Setting, stores: Stores, book: DayBook
+) -> None:
+    """One gap from the loss to the next connection that records, however many tries lie between."""
+    log = GapLog(tmp_path, "connector-a")
+    async with telling(log, setting, stores):
+        log.connection_up(START_NS)
+        log.connection_lost(START_NS + 1, "connection_lost", "3-a-0")
+        log.connection_lost(START_NS + 2, "connection_lost", "3-a-1")
+        log.connection_lost(START_NS + 3, "connection_lost", "3-a-2")
+        log.connection_up(START_NS + 4)
+    assert [(gap.gap_id, gap.from_ns, gap.to_ns, gap.outcome) for gap in await gaps_of(book)] == [
+        ("gap-3-a-0", START_NS + 1, START_NS + 4, "stays")
+    ]
+    assert (await gaps_of(book))[0].scope == {"conn": "3-a-0", "component": "connector-a"}
+
+
+async def test_a_first_connection_that_never_came_up_is_no_gap(tmp_path: Path) -> None:
+    """Before the first connection nothing was recorded that could be missing."""
+    log = GapLog(tmp_path, "connector-a")
+    log.connection_lost(START_NS, "connection_lost", "3-a-0")
+    log.connection_up(START_NS + 1)
+    assert log.waiting == 0
+
+
+async def test_what_the_journal_was_not_told_of_is_only_logged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Events that wait for a journal are bounded; the spool holds the same facts for the audit."""
+    monkeypatch.setattr(gaps_module, "MAX_WAITING", 3)
+    log = GapLog(tmp_path, "connector-a")
+    for i in range(4):
+        log.connection_up(START_NS + 2 * i)
+        log.connection_lost(START_NS + 2 * i + 1, "connection_lost", f"3-a-{i}")
+    assert log.waiting == 3
+    assert "waits" in caplog.text
+
+
+async def test_telling_the_journal_twice_makes_one_gap(stores: Stores, book: DayBook) -> None:
+    """Whoever tells of a gap that is known appends nothing; the end of an unknown one is not appended either."""
+    lost = Lost("3-a-0", "connection_lost", START_NS, START_NS + 5)
+    (opened, closed) = (data for _, data in lost.events("connector-a"))
+    assert not await tell(book, DATE, EventName.GAP_CLOSED, closed)
+    assert await tell(book, DATE, EventName.GAP_OPENED, opened)
+    assert not await tell(book, DATE, EventName.GAP_OPENED, opened)
+    assert await tell(book, DATE, EventName.GAP_CLOSED, closed)
+    assert not await tell(book, DATE, EventName.GAP_CLOSED, closed)
+    assert len(await gaps_of(book)) == 1
