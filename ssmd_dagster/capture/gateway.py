@@ -18,6 +18,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
+import time
 from collections import deque
 from collections.abc import Coroutine, Sequence
 from typing import Any
@@ -32,7 +33,7 @@ from ssmd_dagster.capture.control import control_subject, serve
 from ssmd_dagster.capture.process import Heartbeat, connected, run
 from ssmd_dagster.capture.setting import Setting, load_setting
 from ssmd_dagster.environments.home import gateway_file
-from ssmd_dagster.errors import ExitCode, SsmdError
+from ssmd_dagster.errors import ExitCode, SsmdError, UnreachableError
 from ssmd_dagster.exchange import OTHER, SESSION, market_reader
 from ssmd_dagster.stores.connect import Stores
 
@@ -47,6 +48,7 @@ MAX_REQUEST_BYTES = 1 << 20
 DRAIN_TIMEOUT_S, CLOSE_TIMEOUT_S = 2.0, 1.0
 """Together less than whoever asks for the drain waits for the answer (`control.ANSWER_TIMEOUT_S`)."""
 FETCH_TIMEOUT_S = 1.0
+CURRENT_DAY_EVERY_S = 1.0
 GOING_AWAY = 1001
 
 _log = logging.getLogger(__name__)
@@ -160,6 +162,7 @@ class Gateway:
         self._events = 0
         self._last_event_ns: int | None = None
         self._damaged = 0
+        self._current: str | None = None
         self._passed_over = 0
         self.port = 0
 
@@ -189,10 +192,15 @@ class Gateway:
 
     async def _tail(self) -> None:
         channels = [name for name in FILE_OF_CHANNEL if name != SESSION]
+        looked = 0.0
         async with await self._stores.raw_stream.tail(channels) as tail:
             while True:
+                if time.monotonic() - looked > CURRENT_DAY_EVERY_S:
+                    looked = time.monotonic()
+                    await self._look_up_current_day()
                 for batch in await tail.fetch(FETCH_TIMEOUT_S):
-                    if self._clients:
+                    # Around a roll two days record the same markets: clients get the events of the current one.
+                    if self._clients and self._current in (None, batch.date):
                         self._pass_on(batch.data)
                         # Lets the senders send: nobody shall lose events because the stream is read in large steps.
                         await asyncio.sleep(0)
@@ -201,6 +209,12 @@ class Gateway:
                     self._passed_over = tail.dropped
                     for client in self._clients:
                         client.put(lost)
+
+    async def _look_up_current_day(self) -> None:
+        try:
+            self._current = await self._stores.cache.current()
+        except UnreachableError as error:
+            _log.warning("current day not looked up: %s", error)
 
     def _pass_on(self, data: bytes) -> None:
         batch = read_last(data)

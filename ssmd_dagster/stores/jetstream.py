@@ -78,10 +78,10 @@ def address_of(js: JetStreamContext) -> str:
     return f"NATS at {client_of(js).servers[0].netloc.rpartition('@')[2]}"
 
 
-def unreachable(js: JetStreamContext, what: str) -> UnreachableError:
-    """Make the error for a NATS server that did not answer; `what` says what was being done."""
+def unreachable(js: JetStreamContext, what: str, answer: str = "no answer") -> UnreachableError:
+    """Make the error for a NATS server that did not do what was asked; `what` says what that was."""
     return UnreachableError(
-        f"{what}: no answer", where=address_of(js), do="Check that NATS runs (`ssmd up` where it is embedded)"
+        f"{what}: {answer}", where=address_of(js), do="Check that NATS runs (`ssmd up` where it is embedded)"
     )
 
 
@@ -103,8 +103,7 @@ def nats_errors(js: JetStreamContext, what: str) -> Iterator[None]:
                 f"{what}: there is no such stream", where=address_of(js), do="`ssmd day start` creates it"
             ) from error
         if error.code in (500, 503):
-            cause = f": {error.description} ({error.err_code})" if error.description else ""
-            raise unreachable(js, f"{what}{cause}") from error
+            raise unreachable(js, what, f"{error.description} ({error.err_code})") from error
         kind = ConfigurationError if error.err_code in _STREAM_REFUSED else SsmdError
         raise kind(f"{what}: {error.description} ({error.err_code})", where=address_of(js)) from error
     except (nats.errors.Error, TimeoutError, OSError) as error:
