@@ -41,7 +41,7 @@ from ssmd_dagster.archive.segment import (
     in_ranges,
 )
 from ssmd_dagster.capture.control import control_subject, serve
-from ssmd_dagster.capture.process import Heartbeat, connected, current_epoch, run, wait_any
+from ssmd_dagster.capture.process import Heartbeat, cancel, connected, current_epoch, run, wait_any
 from ssmd_dagster.capture.setting import Setting, load_setting
 from ssmd_dagster.environments.home import segments_dir
 from ssmd_dagster.errors import ExitCode, RefusedError, SsmdError, UnreachableError
@@ -121,9 +121,7 @@ class Archiver:
                 if channel.writer is not None:
                     channel.writer.discard()
             shutil.rmtree(self._local)
-            for task in background:
-                task.cancel()
-            await asyncio.gather(*background, return_exceptions=True)
+            await cancel(*background)
             await service.unsubscribe()
             await self._heartbeat.beat()
 

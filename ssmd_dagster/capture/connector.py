@@ -19,7 +19,7 @@ from typing import Any
 
 from ssmd_dagster.capture.gaps import BUFFER_OVERFLOW, STOPPING, SUBSCRIBED, GapLog
 from ssmd_dagster.capture.pipeline import Pipeline
-from ssmd_dagster.capture.process import Heartbeat, current_epoch, run, wait_any
+from ssmd_dagster.capture.process import Heartbeat, cancel, current_epoch, run, wait_any
 from ssmd_dagster.capture.recorder import Origin, Recorder
 from ssmd_dagster.capture.setting import Setting, load_setting
 from ssmd_dagster.capture.spool import next_connection, spooled_connections
@@ -75,13 +75,13 @@ class Connector:
             self._error, self._exit_code, self._state = str(error), int(error.exit_code), "refused"
             raise
         finally:
-            await _cancel(recording)
+            await cancel(recording)
             await self._let_go()
             if self._exit_code is None:
                 self._state = "stopped"
             if self._heartbeat is not None:
                 await self._heartbeat.beat()
-            await _cancel(servers)
+            await cancel(servers)
             self._executor.shutdown()
 
     async def _keep_servers(self) -> None:
@@ -170,14 +170,14 @@ class Connector:
             try:
                 done, _ = await asyncio.wait([*waits, ticking, broken], return_when=asyncio.FIRST_COMPLETED)
             finally:
-                await _cancel(*waits)
+                await cancel(*waits)
             for task in done:
                 task.result()
             if full in done and recorder.ended is None:
                 cause = BUFFER_OVERFLOW
                 recorder.note({"event": BUFFER_OVERFLOW, "bytes": self._waiting_bytes()})
         finally:
-            await _cancel(ticking, broken)
+            await cancel(ticking, broken)
             if stop.is_set() and recorder.ended is None:
                 recorder.note({"event": STOPPING})
             await connection.close()
@@ -197,7 +197,7 @@ class Connector:
         closing = set(self._closing)
         if closing:
             _, late = await asyncio.wait(closing, timeout=LAST_BATCH_TIMEOUT_S)
-            await _cancel(*late)
+            await cancel(*late)
 
     def _waiting_bytes(self) -> int:
         """Return the bytes that the stream has not acknowledged, those that are not yet in the spool included."""
@@ -308,12 +308,6 @@ class Connector:
             "unacked_batches": sum(pipeline.unacked_batches for pipeline in self._pipelines),
             "unacked_bytes": self._waiting_bytes(),
         }
-
-
-async def _cancel(*tasks: asyncio.Task[Any]) -> None:
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def main(env_name: str, date: str, shard: str, stop: asyncio.Event) -> None:

@@ -1,7 +1,7 @@
 """How a workflow speaks with a running capture process: one small request and answer over core NATS.
 
-Subject `{env}.control.{component}` (with the date between, for the processes of one day); JSON both ways. An answer always
-carries the component's status; a refusal carries `error`.
+Subject `{env}.control.{component}` (with the date between, for the processes of one day); JSON both ways. An answer carries
+the component's status, of which `error` is what it is troubled by; a refused request is answered with `refused` alone.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ async def request(nc: Client, subject: str, command: str, **arguments: Any) -> d
             do="See its log under SSMD_HOME/logs, and `ssmd day status`.",
         ) from error
     decoded: dict[str, Any] = msgspec.json.decode(answer.data)
-    if decoded.get("error"):
-        raise SsmdError(f"{subject.rsplit('.', 1)[-1]}: {decoded['error']}", where=subject)
+    if "refused" in decoded:
+        raise SsmdError(f"{subject.rsplit('.', 1)[-1]}: {decoded['refused']}", where=subject)
     return decoded
 
 
@@ -55,7 +55,7 @@ async def serve(
             arguments = msgspec.json.decode(message.data, type=dict[str, Any])
             reply = await answer(str(arguments.pop("command", "")), arguments)
         except (msgspec.DecodeError, SsmdError) as error:
-            reply = {"error": str(error)}
+            reply = {"refused": str(error)}
         await message.respond(msgspec.json.encode(reply))
 
     return await nc.subscribe(subject, cb=handle)

@@ -30,7 +30,7 @@ from ssmd_dagster.archive.batch import Batch, BatchDamagedError, decode_records,
 from ssmd_dagster.archive.layout import FILE_OF_CHANNEL
 from ssmd_dagster.archive.records import parse_record
 from ssmd_dagster.capture.control import control_subject, serve
-from ssmd_dagster.capture.process import Heartbeat, connected, run
+from ssmd_dagster.capture.process import Heartbeat, cancel, connected, run
 from ssmd_dagster.capture.setting import Setting, load_setting
 from ssmd_dagster.environments.home import gateway_file
 from ssmd_dagster.errors import ExitCode, SsmdError, UnreachableError
@@ -183,9 +183,7 @@ class Gateway:
             for task in done - {waiting}:
                 task.result()
         finally:
-            for task in [*tasks, waiting]:
-                task.cancel()
-            await asyncio.gather(*tasks, waiting, return_exceptions=True)
+            await cancel(*tasks, waiting)
             await service.unsubscribe()
             await self._drain("gateway stops", close=True)
             await runner.cleanup()

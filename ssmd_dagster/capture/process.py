@@ -21,6 +21,7 @@ from ssmd_dagster.stores.connect import Stores, connect
 from ssmd_dagster.stores.daybook import DayBook
 
 HEARTBEAT_EVERY_S = 1.0
+CANCEL_AGAIN_AFTER_S = 0.5
 
 _log = logging.getLogger(__name__)
 
@@ -103,12 +104,23 @@ class Heartbeat:
             await asyncio.sleep(HEARTBEAT_EVERY_S)
 
 
+async def cancel(*tasks: asyncio.Future[Any]) -> None:
+    """Cancel tasks and return when they have ended, however they did.
+
+    A cancellation can be lost: in Python 3.11 `asyncio.wait_for`, which redis-py writes with, drops one that meets its end.
+    """
+    pending = set(tasks)
+    while pending:
+        for task in pending:
+            task.cancel()
+        _, pending = await asyncio.wait(pending, timeout=CANCEL_AGAIN_AFTER_S)
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
 async def wait_any(*waits: Coroutine[Any, Any, Any], timeout_s: float | None = None) -> None:
     """Return when the first of `waits` is done or the time is up; the others are cancelled."""
     tasks = [asyncio.ensure_future(wait) for wait in waits]
     try:
         await asyncio.wait(tasks, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await cancel(*tasks)

@@ -1,7 +1,8 @@
 """A whole trading day on this machine in about a minute, in a home of its own; nothing is left running.
 
 The simulated exchange's clock is put shortly before last midnight; yesterday is started through Dagster, recorded, and
-rolled into today through Dagster, over midnight; today is ended with the command line's verb. Real servers, real processes, real files.
+rolled into today through Dagster, over midnight; today is ended with the command line's verb. Real servers, real
+processes, real files.
 """
 
 from __future__ import annotations

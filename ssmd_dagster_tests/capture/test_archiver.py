@@ -21,6 +21,7 @@ from ssmd_dagster.archive.segment import covered
 from ssmd_dagster.capture import archiver as archiver_module
 from ssmd_dagster.capture.archiver import Archiver, read_footer, sha256_of
 from ssmd_dagster.capture.control import control_subject, request
+from ssmd_dagster.capture.process import cancel
 from ssmd_dagster.capture.setting import Setting
 from ssmd_dagster.day.states import EventName
 from ssmd_dagster.environments.home import segments_dir
@@ -121,8 +122,7 @@ async def running(setting: Setting, stores: Stores, epoch: int) -> AsyncIterator
         stop.set()
         await asyncio.wait_for(task, 20)
     finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        await cancel(task)
 
 
 @pytest.fixture
@@ -277,8 +277,7 @@ async def test_archivers_killed_at_random_points_leave_each_batch_once(
             archiver._flush_wanted.set()
             await eventually(lambda task=task, archiver=archiver: task.done() or not archiver._status()["flushing"])  # type: ignore[misc]
             done = not task.done() and len(batches) == 1
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        await cancel(task)
         with contextlib.suppress(asyncio.CancelledError):
             assert task.cancelled() or isinstance(task.exception(), Killed), task.exception()
     await assert_whole(stores, env, recordings)
@@ -299,15 +298,19 @@ async def test_two_archivers_of_one_day_neither_lose_nor_repeat_a_batch(
     stop = asyncio.Event()
     tasks = [asyncio.create_task(archiver.run(stop)) for archiver in archivers]
     while batches:
-        count = rng.randrange(1, 12)
+        count = rng.randrange(5, 30)
         await publish(stores, batches[:count])
         batches = batches[count:]
-        rng.choice(archivers)._flush_wanted.set()
-        if rng.random() < 0.5:
-            await asyncio.sleep(0)
-    for archiver in archivers:
-        archiver._flush_wanted.set()
-    await eventually(lambda: any(task.done() for task in tasks) or not any(a._status()["flushing"] for a in archivers))
+        asked = archivers if rng.random() < 0.3 else [rng.choice(archivers)]
+        for archiver in asked if batches else archivers:
+            archiver._flush_wanted.set()
+        await eventually(
+            lambda asked=asked: (
+                any(task.done() for task in tasks)  # type: ignore[misc]
+                or not any(archiver._status()["flushing"] for archiver in asked)
+            )
+        )
+    await eventually(lambda: not any(archiver._status()["flushing"] for archiver in archivers))
     stop.set()
     await asyncio.gather(*tasks)
     created = [shop.raw.created for shop in shops]  # type: ignore[attr-defined]
