@@ -165,6 +165,7 @@ class Gateway:
         self._current: str | None = None
         self._passed_over = 0
         self.port = 0
+        self.tailing = False
 
     async def run(self, stop: asyncio.Event) -> None:
         """Serve on a free loopback port (kept in SSMD_HOME) until `stop`."""
@@ -192,6 +193,7 @@ class Gateway:
         channels = [name for name in FILE_OF_CHANNEL if name != SESSION]
         looked = 0.0
         async with await self._stores.raw_stream.tail(channels) as tail:
+            self.tailing = True
             while True:
                 if time.monotonic() - looked > CURRENT_DAY_EVERY_S:
                     looked = time.monotonic()

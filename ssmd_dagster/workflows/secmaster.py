@@ -14,6 +14,7 @@ async def sync(desk: Desk, date: str) -> SyncResult:
     Where the tickers are listed in the environment, they can be recorded without the exchange's list: if its REST service is
     away or is none, what is known of them stays as it is.
     """
+    await desk.stores.secmaster.create()
     selection = desk.setting.env.capture.markets.selection()
     exchange = desk.setting.open_exchange(date)
     try:

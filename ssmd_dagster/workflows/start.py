@@ -24,6 +24,8 @@ from ssmd_dagster.workflows.lease import wait_until_gone
 
 VERB = "start"
 UP_TIMEOUT_S = 60.0
+DYING_TIMEOUT_S = 10.0
+"""How long a process that died is given to come up after all: its supervisor starts it again and again."""
 HEALTH_TIMEOUT_S = 30.0
 QUIET_AFTER_S = 10.0
 """How long the health check waits for a first data frame before it asks whether the exchange is closed."""
@@ -254,6 +256,7 @@ async def wait_for_heartbeat(
     group = desk.env if date == LIVE else day_group(desk.env, date)
     deadline = time.monotonic() + timeout_s
     beat: dict[str, Any] | None = None
+    died_at: float | None = None
     while True:
         beat = await desk.stores.cache.heartbeat(date, name)
         if beat is not None and ready(beat):
@@ -265,7 +268,10 @@ async def wait_for_heartbeat(
         log = desk.setting.home / "logs" / group / f"{name}.log"
         if state is not None and state.state == "EXITED" and state.exit_code == ExitCode.CONFIGURATION:
             raise ConfigurationError(f"{name} refuses to run", where=desk.where(date), do=f"See {log}.")
-        if (state is not None and state.state == "FATAL") or time.monotonic() > deadline:
+        if state is not None and state.state in ("BACKOFF", "EXITED", "FATAL"):
+            died_at = died_at or time.monotonic()
+        keeps_dying = died_at is not None and time.monotonic() > died_at + DYING_TIMEOUT_S
+        if keeps_dying or time.monotonic() > deadline:
             words = f": {beat['error']}" if beat and beat.get("error") else ""
             raise UnreachableError(
                 f"{name} is not ready{words}", where=desk.where(date), do=f"See {log}, then start the day again."
