@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 JOBS ?= 2
 
-.PHONY: demo up down test lint format bench clean
+.PHONY: demo up down test test-long lint format bench clean
 
 demo: $(READY) ## run a whole trading day on a simulated exchange, in about a minute
 	$(BIN)/ssmd demo
@@ -17,7 +17,10 @@ down: $(READY) ## stop everything that `make up` started
 	$(BIN)/ssmd down
 
 test: $(READY) ## run the tests
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not long"
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not long"
+
+test-long: $(READY) ## run the long tests too: every crash point
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 lint: $(READY) ## format, style, types, arrows of the house
 	$(BIN)/ruff format --check .

@@ -50,6 +50,14 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
         built.down()
 
 
+@pytest.fixture(autouse=True)
+def quiet_afterwards(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Leave no simulated exchange running behind a test: each takes a share of a core."""
+    yield
+    if "house" in request.fixturenames:
+        request.getfixturevalue("house").quiet()
+
+
 @pytest.fixture
 def simulated(house: House, env_name: str) -> str:
     """The name of an environment of its own, with its own simulated exchange up."""

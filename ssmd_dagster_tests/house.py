@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import os
 import shutil
@@ -17,7 +19,9 @@ from zoneinfo import ZoneInfo
 
 import yaml
 
+from ssmd_dagster.capture.supervisord import connect_supervisor
 from ssmd_dagster.environments.home import project_dir
+from ssmd_dagster.errors import UnreachableError
 
 COMMAND_TIMEOUT_S = 120.0
 SIMULATED: dict[str, Any] = {
@@ -121,6 +125,20 @@ class House:
     def down(self) -> None:
         """Take everything down."""
         self.ssmd("down")
+
+    def quiet(self) -> None:
+        """Stop what a test leaves behind: every simulated exchange, day and gateway; the servers stay."""
+        if not (self.home / "supervisor" / "access.json").exists():
+            return
+
+        async def stop() -> None:
+            supervisor = connect_supervisor(self.home)
+            for state in await supervisor.states():
+                if state.group != "stack" or state.name.startswith("simulator-"):
+                    await supervisor.stop(state.group, state.name)
+
+        with contextlib.suppress(UnreachableError):  # a test has killed the supervisor: `down` finds what it left
+            asyncio.run(stop())
 
     def today(self) -> str:
         """Return the trading day that the environments of this house are in."""

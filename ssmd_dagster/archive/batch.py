@@ -307,6 +307,8 @@ def decode_records(buffer: bytes | memoryview, batch: Batch) -> bytes:
     if header.bytes > MAX_RECORDS_BYTES:
         raise _damaged(header, f"states {header.bytes} bytes of records, over the limit of {MAX_RECORDS_BYTES}")
     try:
+        if _data_frame_end(data, 0, len(data)) != len(data):  # other readers would stumble over the rest
+            raise _damaged(header, "its frame is not as long as its trailer says")
         size = zstandard.frame_content_size(data)
         if size != header.bytes:
             raise _damaged(header, f"its frame holds {size} bytes, its header says {header.bytes}")

@@ -17,6 +17,8 @@ import numpy as np
 from ssmd_dagster.archive.records import parse_record
 from ssmd_dagster.exchange import SESSION
 
+_BEGINNING = b'{"n":'
+
 
 class Interval(msgspec.Struct, frozen=True):
     """The records of one channel of one connection between two notes; `n` inclusive."""
@@ -80,27 +82,27 @@ def torn_in(session_records: bytes) -> Iterable[Torn]:
 
 
 class Ordinals:
-    """Which ordinals of one connection have been seen: one bit each."""
+    """Which ordinals of one connection have been seen: one byte each."""
 
     def __init__(self) -> None:
         self.highest = -1
         self.count = 0
         self.repeated = 0
-        self._bits = np.zeros(1 << 10, dtype=np.uint8)
+        self._seen = np.zeros(1 << 10, dtype=np.bool_)
 
     def add(self, ordinals: Sequence[int]) -> None:
         """Take note of some ordinals, at least one."""
         numbers = np.array(ordinals, dtype=np.int64)
         top = int(numbers.max())
+        if top >= len(self._seen):
+            grown = np.zeros(max(2 * len(self._seen), top + 1), dtype=np.bool_)
+            grown[: len(self._seen)] = self._seen
+            self._seen = grown
         self.highest = max(self.highest, top)
-        if top >> 3 >= len(self._bits):
-            self._bits = np.concatenate([self._bits, np.zeros(max(len(self._bits), (top >> 3) + 1), dtype=np.uint8)])
-        places, masks = numbers >> 3, np.left_shift(1, numbers & 7).astype(np.uint8)
-        known = (self._bits[places] & masks) != 0
-        new = len(np.unique(numbers[~known]))
+        new = len(np.unique(numbers[~self._seen[numbers]]))
         self.count += new
         self.repeated += len(numbers) - new
-        np.bitwise_or.at(self._bits, places, masks)
+        self._seen[numbers] = True
 
     @property
     def holes(self) -> int:
@@ -111,19 +113,16 @@ class Ordinals:
         """Return what is missing, None where nothing is."""
         if self.holes == 0:
             return None
-        seen = np.unpackbits(self._bits[: (self.highest >> 3) + 1], bitorder="little")[: self.highest + 1]
-        missing = np.flatnonzero(seen == 0)
+        missing = np.flatnonzero(~self._seen[: self.highest + 1])
         return Torn(int(missing[0]), int(missing[-1]), len(missing))
 
 
 def ordinals_of(records: bytes) -> list[int]:
     """Return the ordinals of a block of whole lines; raise `ValueError` where a line does not begin with one."""
-    if not records.endswith(b"\n"):
-        raise ValueError("the last line is not whole")
-    lines = records.split(b"\n")[:-1]
-    if not all(line.startswith(b'{"n":') for line in lines):
-        raise ValueError("a line does not begin with its ordinal")
-    return [int(line[5 : line.index(b",", 5)]) for line in lines]
+    lines = records.split(b"\n")
+    if lines.pop() or not lines or not all(line.startswith(_BEGINNING) for line in lines):
+        raise ValueError("a line does not begin with its ordinal, or is not whole")
+    return [int(line[len(_BEGINNING) : line.index(b",")]) for line in lines]
 
 
 class IntervalCheck:

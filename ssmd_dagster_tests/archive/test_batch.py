@@ -22,6 +22,7 @@ from ssmd_dagster.archive.batch import (
     encode_batch,
     read_last,
     scan,
+    scan_back,
 )
 from ssmd_dagster.archive.segment import SegmentWriter, add_range, in_ranges
 from ssmd_dagster_tests.archive.batches import make_batch
@@ -64,6 +65,26 @@ def test_one_flipped_bit_costs_one_batch(parts: list[bytes], data: st.DataObject
                 assert item.header.batch == hit
     assert {i: part for i, part in enumerate(parts) if i != hit} == {i: read[i] for i in read if i != hit}
     assert read.get(hit, parts[hit]) == parts[hit]
+
+
+@given(st.lists(RECORDS, min_size=1, max_size=5), st.data())
+def test_scanning_back_finds_the_whole_batches_of_a_damaged_run(parts: list[bytes], data: st.DataObject) -> None:
+    """With junk between them, in front and behind, every batch is found from the back, last first."""
+    junk = st.binary(max_size=40)
+    buffer, starts = data.draw(junk), []
+    for i, part in enumerate(parts):
+        starts.append(len(buffer))
+        buffer += make_batch(part, batch=i) + data.draw(junk)
+    found = list(scan_back(buffer))
+    assert [(item.start, decode_records(buffer, item)) for item in found if isinstance(item, Batch)] == list(
+        zip(starts, parts, strict=True)
+    )[::-1]
+
+
+@given(st.binary(max_size=400))
+def test_any_bytes_are_scanned_back_without_an_exception(junk: bytes) -> None:
+    """Random bytes hold no batch."""
+    assert list(scan_back(junk)) == []
 
 
 @given(RECORDS, RECORDS, st.data())

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from ssmd_dagster.archive import records
 from ssmd_dagster.archive.records import note_line, parse_record, payload_of, wire_line
 
 JSON_VALUES = st.recursive(
@@ -22,6 +23,11 @@ JSON_VALUES = st.recursive(
 @example(b"[" * 100_000 + b"]" * 100_000, False)
 @example(b' {"a":1}\r\n', False)
 @example(b'{"a":\n1}', True)
+@example(b'{"a":1}\n', True)
+@example(b'{"a":1}\r\n', True)
+@example(b'{"a":1}\n\n', True)
+@example(b' {"a":1}', True)
+@example(b'{"a":1} \n', True)
 @example(b"", False)
 def test_every_payload_comes_back_byte_for_byte(payload: bytes, checked: bool) -> None:
     """Any bytes at all become one line of valid JSON that gives them back."""
@@ -59,6 +65,24 @@ def test_the_line_has_the_keys_in_the_documented_order(payload: bytes) -> None:
     """Keys stand in the order n, recv_ns, wire, pad."""
     keys = list(json.loads(wire_line(1, 2, payload)))
     assert keys == ["n", "recv_ns", "wire", "pad"][: len(keys)]
+
+
+@pytest.mark.parametrize("end", [b"", b"\n"])
+def test_a_frame_that_was_checked_gives_the_same_line_as_one_that_was_not(end: bytes) -> None:
+    """The quick way for the usual frame and the careful one write the same bytes."""
+    payload = b'{"type":"trade","sid":1,"msg":{"price":"0.55"}}' + end
+    assert wire_line(1, 2, payload, checked=True) == wire_line(1, 2, payload)
+
+
+def test_escapes_cannot_swell_a_record_beyond_what_a_batch_may_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Text of which every byte would take six becomes base64, and so does JSON with a sea of white space around it."""
+    monkeypatch.setattr(records, "_MAX_TEXT_BYTES", 10_000)
+    for payload in (b"\x01" * 5_000, b"\n" * 6_000 + b"{}"):
+        record = parse_record(wire_line(0, 1, payload))
+        assert record.wire_b64 is not None
+        assert payload_of(record) == payload
+    assert parse_record(wire_line(0, 1, b"\x01" * 1_000)).wire_text is not None
+    assert parse_record(wire_line(0, 1, b" " * 5_000 + b"{}")).wire_text is not None
 
 
 def _is_json(payload: bytes) -> bool:

@@ -51,7 +51,9 @@ def lines_of(path: Path) -> dict[int, bytes]:
     }
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], max_examples=120)
+@settings(
+    deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], max_examples=120
+)
 @example(cut=0, second_cut=0)
 @example(cut=len(WHOLE), second_cut=0)
 @example(cut=len(WHOLE) - 1, second_cut=3)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ssmd_dagster.archive.batch import decode_records
@@ -48,6 +48,7 @@ def all_batches(recording: Recording) -> list[Unsealed]:
     return [unsealed for flush in recording.flushes for unsealed in flush]
 
 
+@settings(deadline=None)
 @given(ACTIONS)
 def test_ordinals_run_from_0_over_all_channels_and_batches_from_0_in_each(actions: list[str]) -> None:
     """No ordinal is missing or comes twice, no flush goes back, and each channel's batches are numbered without a hole."""
@@ -70,6 +71,7 @@ def test_ordinals_run_from_0_over_all_channels_and_batches_from_0_in_each(action
     assert recording.ended == ["closed by this side"]
 
 
+@settings(deadline=None)
 @given(ACTIONS)
 def test_payloads_come_back_in_the_order_in_which_they_came(actions: list[str]) -> None:
     """By ordinal the records give back exactly the frames of the socket."""
@@ -84,6 +86,7 @@ def test_payloads_come_back_in_the_order_in_which_they_came(actions: list[str]) 
     assert sum(recording.recorder.by_channel.values()) == recording.recorder.n
 
 
+@settings(deadline=None)
 @given(ACTIONS)
 def test_intervals_are_borne_out_by_the_records_and_leave_out_only_the_last_note(actions: list[str]) -> None:
     """Recomputing every interval note from the batches confirms it; only the note about `session` itself is in none."""

@@ -95,7 +95,7 @@ def test_a_file_that_could_not_be_made_durable_is_not_there(tmp_path: Path, monk
     SpoolWriter(tmp_path, CONN).close()
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
 @given(st.data())
 def test_a_torn_tail_is_passed_over_from_both_ends(tmp_path: Path, data: st.DataObject) -> None:
     """Cut at any byte, reading gives every whole batch before the cut, forwards and backwards alike."""

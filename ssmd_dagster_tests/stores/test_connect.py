@@ -147,7 +147,7 @@ async def test_servers_that_are_away_are_named_within_bounded_time(
         with pytest.raises(UnreachableError, match=f"127.0.0.1:{port}.*Run `ssmd up`"):
             async with connect(an_environment(env_name), tmp_path, secrets):
                 pass
-        assert time.monotonic() - begun_s < 5
+        assert time.monotonic() - begun_s < 30  # of three seconds each
     assert capfd.readouterr().err == ""
 
 
@@ -158,7 +158,7 @@ async def test_refused_credentials_are_told_at_once(nats: servers.NatsServer) ->
         with pytest.raises(ConfigurationError, match=f"refused.*127.0.0.1:{nats.port}"):
             async with connect_nats(nats.url, nats.user, password, name="test"):
                 pass
-    assert time.monotonic() - begun_s < 2
+    assert time.monotonic() - begun_s < 20
 
 
 async def test_servers_that_hang_do_not_hang_the_caller(tmp_path: Path) -> None:

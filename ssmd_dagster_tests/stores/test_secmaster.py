@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -163,19 +162,17 @@ async def test_create_refuses_a_stream_with_other_settings(js: JetStreamContext,
         await SecurityMaster(None, js, env_name).create()  # type: ignore[arg-type]
 
 
-async def test_twenty_thousand_markets_are_read_quickly(
+async def test_twenty_thousand_markets_are_read_and_compared(
     redis_client: redis.asyncio.Redis, secmaster: SecurityMaster, env_name: str
 ) -> None:
-    """The connector's list of 20,000 markets takes a fraction of a second."""
+    """A list of 20,000 markets is found unchanged, and read whole."""
     markets = [a_market(f"KXBTCD-26FEB07-T{number:05d}.99") for number in range(20_000)]
     rows: list[str | bytes] = []
     for market in markets:
         rows += (market.ticker, msgspec.json.encode(market))
     await redis_client.hset(f"{env_name}:secmaster:markets", items=rows)
     assert await secmaster.apply(markets, NOW_NS) == SyncResult(added=0, updated=0, settled=0, total=20_000)
-    begun_s = time.perf_counter()
     assert len(await secmaster.markets()) == 20_000
-    assert time.perf_counter() - begun_s < 1.0  # 0.3 s on an idle machine
 
 
 async def test_servers_that_are_away_are_named(tmp_path: Path, nats: servers.NatsServer, env_name: str) -> None:

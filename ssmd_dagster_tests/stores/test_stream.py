@@ -102,12 +102,10 @@ async def test_batches_lists_what_the_stream_holds(js: JetStreamContext, raw: Ra
     assert await raw.batches("2025-12-16") == {}
 
 
-async def test_batches_reads_many_headers_quickly(raw: RawStream) -> None:
+async def test_batches_reads_many_headers(raw: RawStream) -> None:
     """Thousands of batches are listed without their bytes."""
     await put_many(raw, 4000, bytes(1000))
-    begun_s = time.perf_counter()
     assert len(await raw.batches(DATE)) == 4000
-    assert 4000 / (time.perf_counter() - begun_s) > 5000  # 25,000 batches/s on an idle machine
 
 
 async def test_many_batches_under_way_keep_their_order_and_are_consumed_fast(raw: RawStream) -> None:
