@@ -7,27 +7,37 @@ import contextlib
 import json
 import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
+from typing import Any
 
 from aiohttp import WSMsgType, web
 
+TICKERS = {"channels": ["trade"], "markets": {"tickers": ["KXBTCD-26FEB07-T98249.99", "KX ODD/*>.TICKER"]}}
+"""One channel of two markets whose names are hard on keys and subjects."""
+
 
 class PlainExchange:
-    """A WebSocket server without authentication: acknowledges what is subscribed, then sends `frames` once.
+    """A WebSocket server without authentication: acknowledges subscriptions, then, to all `channels`, sends `frames` once.
 
     `sent` is set when the last frame of a connection has been handed to the socket.
     """
 
-    def __init__(self, frames: Sequence[bytes]) -> None:
+    def __init__(self, frames: Sequence[bytes], channels: int) -> None:
         self.frames = frames
+        self.channels = channels
         self.sent = threading.Event()
         self.port = 0
         self.handshakes = 0
         self.status = 101
 
-    @property
-    def endpoint(self) -> str:
-        """Return the address of the WebSocket."""
-        return f"ws://127.0.0.1:{self.port}/trade-api/ws/v2"
+    def settings(self) -> dict[str, Any]:
+        """Return an environment's settings that point at it; its REST answers nothing but 404."""
+        return {
+            "endpoint": f"ws://127.0.0.1:{self.port}/trade-api/ws/v2",
+            "rest_endpoint": f"http://127.0.0.1:{self.port}/trade-api/v2",
+            "auth_method": "none",
+            "keys": {},
+            "capture": TICKERS,
+        }
 
     async def _socket(self, request: web.Request) -> web.StreamResponse:
         self.handshakes += 1
@@ -45,14 +55,13 @@ class PlainExchange:
                 sid += 1
                 answer = {"id": command["id"], "type": "subscribed", "msg": {"channel": channel, "sid": sid}}
                 await socket.send_json(answer)
-            if playing is None:
+            if playing is None and sid >= self.channels:
                 playing = asyncio.create_task(self._play(socket))
         if playing is not None:
             playing.cancel()
         return socket
 
     async def _play(self, socket: web.WebSocketResponse) -> None:
-        await asyncio.sleep(0.2)  # behind the answers to all subscriptions, which come one after another
         for frame in self.frames:
             try:
                 await socket.send_str(frame.decode())
@@ -62,9 +71,9 @@ class PlainExchange:
 
 
 @contextlib.contextmanager
-def plain_exchange(frames: Sequence[bytes]) -> Iterator[PlainExchange]:
-    """Run a `PlainExchange` on a free port, in a thread of its own."""
-    exchange = PlainExchange(frames)
+def plain_exchange(frames: Sequence[bytes], channels: int = 1) -> Iterator[PlainExchange]:
+    """Run a `PlainExchange` on a free port, in a thread of its own; `channels` is how many are subscribed before it plays."""
+    exchange = PlainExchange(frames, channels)
     loop = asyncio.new_event_loop()
     ready = threading.Event()
     stop = asyncio.Event()

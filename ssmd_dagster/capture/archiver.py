@@ -311,7 +311,7 @@ class Archiver:
             await asyncio.sleep(STATS_EVERY_S)
             try:
                 await self._stores.cache.put_stats(self._date, self._stats_now())
-            except UnreachableError as error:
+            except SsmdError as error:
                 _log.warning("stats not written: %s", error)
 
     def _stats_now(self) -> DayStats:

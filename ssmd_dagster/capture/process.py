@@ -91,10 +91,10 @@ class Heartbeat:
         self._who = {"component": component, "pid": os.getpid(), "host": socket.gethostname(), "epoch": epoch}
 
     async def beat(self) -> None:
-        """Write the heartbeat now; a cache that does not answer is only logged, since capture goes on without it."""
+        """Write the heartbeat now; a cache that does not take it is only logged, since capture goes on without it."""
         try:
             await self._cache.put_heartbeat(self._date, self._component, {**self._who, **self._status()})
-        except UnreachableError as error:
+        except SsmdError as error:
             _log.warning("heartbeat not written: %s", error)
 
     async def run(self) -> None:

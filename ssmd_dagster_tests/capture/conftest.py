@@ -11,6 +11,8 @@ import pytest
 
 from ssmd_dagster.capture.setting import Setting
 from ssmd_dagster.day.states import EventName
+from ssmd_dagster.environments.home import project_dir
+from ssmd_dagster.environments.loader import load_registry
 from ssmd_dagster.environments.models import Environment
 from ssmd_dagster.stores.connect import Stores, connect
 from ssmd_dagster.stores.daybook import DayBook
@@ -24,13 +26,14 @@ MakeSetting = Callable[..., Setting]
 def make_setting(tmp_path: Path, nats: NatsServer, valkey: ValkeyServer, env_name: str) -> MakeSetting:
     """Makes a setting of this test's environment for one host: a home of its own, servers and object store in common."""
 
-    def make(host: str = "host", **capture: Any) -> Setting:
+    def make(host: str = "host", *, nats_url: str | None = None, **capture: Any) -> Setting:
         home = tmp_path / host
         home.mkdir(mode=0o700, exist_ok=True)
         env = Environment.model_validate(
             {
                 "name": env_name,
                 "feed": "kalshi",
+                "auth_method": "none",
                 "schema": "trade:v1",
                 "first_day": date(2025, 12, 1),
                 "schedule": {"timezone": "UTC", "day_start": "00:10", "day_end": "00:00"},
@@ -39,7 +42,7 @@ def make_setting(tmp_path: Path, nats: NatsServer, valkey: ValkeyServer, env_nam
                     "nats": {"source": "env", "fields": {"user": "N_USER", "password": "N_PASSWORD"}},
                     "redis": {"source": "env", "fields": {"password": "R_PASSWORD"}},
                 },
-                "transport": {"type": "nats", "url": nats.url},
+                "transport": {"type": "nats", "url": nats_url or nats.url},
                 "cache": {"type": "redis", "url": valkey.url},
                 "storage": {
                     "type": "local",
@@ -48,6 +51,7 @@ def make_setting(tmp_path: Path, nats: NatsServer, valkey: ValkeyServer, env_nam
                 },
             }
         )
+        env.bind(load_registry(project_dir() / "exchanges").feeds["kalshi"])
         secrets = {"N_USER": nats.user, "N_PASSWORD": nats.password, "R_PASSWORD": valkey.password}
         return Setting(env, home, secrets, TickingClock())  # type: ignore[arg-type]
 

@@ -15,8 +15,6 @@ from ssmd_dagster_tests.exchanges import plain_exchange
 from ssmd_dagster_tests.house import House, until
 from ssmd_dagster_tests.servers import free_port
 
-TICKERS = {"channels": ["trade"], "markets": {"tickers": ["KXBTCD-26FEB07-T98249.99", "KX ODD/*>.TICKER"]}}
-
 
 def _last_event(house: House, env: str) -> dict[str, Any]:
     day = house.day(env, house.today())
@@ -75,14 +73,7 @@ def test_an_exchange_that_cannot_be_reached_fails_the_day_with_the_step(house: H
     found = _last_event(house, env_name)
     assert (found["state"], found["step"]) == ("FAILED", "secmaster")
     with plain_exchange([b'{"type":"trade","sid":1,"seq":1,"msg":{}}']) as exchange:
-        house.add(
-            env_name,
-            endpoint=exchange.endpoint,
-            rest_endpoint=f"http://127.0.0.1:{port}/trade-api/v2",
-            auth_method="none",
-            keys={},
-            capture=TICKERS,
-        )
+        house.add(env_name, **exchange.settings())
         house.ssmd("day", "start", env_name)
         house.ssmd("day", "end", env_name)
     assert _last_event(house, env_name)["state"] == "COMPLETE"
@@ -112,14 +103,7 @@ def test_a_refused_key_is_a_matter_of_configuration_and_is_not_tried_again(house
     """401 at the handshake: exit code 8, the day FAILED, and no storm of handshakes."""
     with plain_exchange([]) as exchange:
         exchange.status = 401
-        house.add(
-            env_name,
-            endpoint=exchange.endpoint,
-            rest_endpoint=f"http://127.0.0.1:{exchange.port}/trade-api/v2",
-            auth_method="none",
-            keys={},
-            capture=TICKERS,
-        )
+        house.add(env_name, **exchange.settings())
         house.up(env_name)
         house.ssmd("day", "start", env_name, check=8)
         assert exchange.handshakes == 1
@@ -176,14 +160,7 @@ def test_a_day_that_is_being_started_is_refused_and_taken_over_once_its_starter_
 def test_an_object_that_is_already_there_is_never_overwritten(house: House, env_name: str) -> None:
     """A foreign object under a segment's name keeps its bytes; the day says so instead of replacing it."""
     with plain_exchange([b'{"type":"trade","sid":1,"seq":1,"msg":{}}']) as exchange:
-        house.add(
-            env_name,
-            endpoint=exchange.endpoint,
-            rest_endpoint="http://127.0.0.1:9/x",
-            auth_method="none",
-            keys={},
-            capture=TICKERS,
-        )
+        house.add(env_name, **exchange.settings())
         house.up(env_name)
         folder = house.home / "objects" / f"raw-{env_name}" / "kalshi" / house.today().replace("-", "/")
         folder.mkdir(parents=True)

@@ -30,15 +30,9 @@ ODD_FRAMES = [
 
 def record(house: House, env: str, frames: list[bytes]) -> tuple[list[bytes], dict[str, int]]:
     """Record `frames` as a day of an environment of its own; return what is archived and the counts per channel."""
-    with plain_exchange(frames) as exchange:
-        house.add(
-            env,
-            endpoint=exchange.endpoint,
-            rest_endpoint=f"http://127.0.0.1:{exchange.port}/trade-api/v2",
-            auth_method="none",
-            keys={},
-            capture={"channels": ["trade", "orderbook_delta"], "markets": {"tickers": ["KXMLBGAME-X.1", "KXBTC-2"]}},
-        )
+    capture = {"channels": ["trade", "orderbook_delta"], "markets": {"tickers": ["KXMLBGAME-X.1", "KXBTC-2"]}}
+    with plain_exchange(frames, channels=2) as exchange:
+        house.add(env, **{**exchange.settings(), "capture": capture})
         house.up(env)
         house.ssmd("day", "start", env)
         until(exchange.sent.is_set)

@@ -1,0 +1,353 @@
+"""A connector records whatever its exchange and its servers do, and says what it could not record."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import json
+from collections.abc import AsyncIterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from ssmd_dagster.archive.records import parse_record
+from ssmd_dagster.capture import connector as connector_module
+from ssmd_dagster.capture import pipeline as pipeline_module
+from ssmd_dagster.capture.connector import Connector
+from ssmd_dagster.capture.gaps import gaps_between
+from ssmd_dagster.capture.setting import Setting
+from ssmd_dagster.capture.spool import SpoolWriter, read_spool, spool_path, spooled_connections, spooled_records
+from ssmd_dagster.environments.home import spool_dir
+from ssmd_dagster.errors import ConfigurationError, UnreachableError
+from ssmd_dagster.exchange import Envelope, FrameSink, Market, MarketSelection, Subscription, unlisted_market
+from ssmd_dagster.stores.connect import Stores
+from ssmd_dagster.stores.daybook import DayBook
+from ssmd_dagster_tests import servers
+from ssmd_dagster_tests.capture.conftest import MakeSetting
+from ssmd_dagster_tests.capture.recordings import (
+    CHANNEL_OF_TYPE,
+    DATE,
+    build_segments,
+    eventually,
+    header_of,
+    read_segments,
+    spooled_batches,
+)
+
+EPOCH = 3
+
+
+class FakeConnection:
+    """One connection of the exchange that a test plays."""
+
+    def __init__(self, exchange: FakeExchange, sink: FrameSink) -> None:
+        self.exchange, self.sink = exchange, sink
+        self.seq = 0
+        self.closed = False
+
+    def send(self, count: int = 1, pad: str = "") -> None:
+        """Let frames come off the socket."""
+        for _ in range(count):
+            self.seq += 1
+            payload = json.dumps({"type": "trade", "sid": 1, "seq": self.seq, "msg": {"pad": pad}}).encode()
+            self.sink.on_frame(self.exchange.clock(), payload, msgspec.json.decode(payload, type=Envelope))
+
+    def drop(self, reason: str = "lost") -> None:
+        """Lose the connection."""
+        if not self.closed:
+            self.closed = True
+            self.sink.on_closed(self.exchange.clock(), reason)
+
+    async def subscribe(self, channels: Sequence[str], tickers: Sequence[str] | None) -> list[Subscription]:
+        """Acknowledge, or fail as the exchange was told to."""
+        if self.exchange.subscribe_errors:
+            raise self.exchange.subscribe_errors.pop(0)
+        return [Subscription(channel=channel, sid=1) for channel in channels]
+
+    async def close(self) -> None:
+        """Close the socket."""
+        self.drop("closed by this side")
+
+    async def unsubscribe(self, sids: Sequence[int]) -> None:
+        """Do nothing."""
+
+    async def add_markets(self, sid: int, tickers: Sequence[str]) -> None:
+        """Do nothing."""
+
+    async def delete_markets(self, sid: int, tickers: Sequence[str]) -> None:
+        """Do nothing."""
+
+    async def request_snapshots(self, sid: int, tickers: Sequence[str]) -> None:
+        """Do nothing."""
+
+
+class FakeExchange:
+    """An exchange whose connections are in the test's hands."""
+
+    channel_of_type: Mapping[str, str] = CHANNEL_OF_TYPE
+
+    def __init__(self, setting: Setting) -> None:
+        self.clock = setting.clock
+        self.connections: list[FakeConnection] = []
+        self.connect_errors: list[Exception] = []
+        self.subscribe_errors: list[Exception] = []
+        self.sinks: list[FrameSink] = []
+
+    async def markets(self, selection: MarketSelection) -> AsyncIterator[Market]:
+        """Yield one market."""
+        yield unlisted_market("KX-1")
+
+    async def connect(self, sink: FrameSink, *, use_yes_price: bool = False) -> FakeConnection:
+        """Open a connection, or fail as told to."""
+        self.sinks.append(sink)
+        if self.connect_errors:
+            raise self.connect_errors.pop(0)
+        self.connections.append(FakeConnection(self, sink))
+        return self.connections[-1]
+
+
+@contextlib.asynccontextmanager
+async def recording(setting: Setting, exchange: FakeExchange) -> AsyncIterator[Connector]:
+    """Run a connector until the end of the block; what it raises is raised there."""
+    connector = Connector(setting, exchange, DATE, EPOCH, "a")  # type: ignore[arg-type]
+    stop = asyncio.Event()
+    task = asyncio.create_task(connector.run(stop))
+    try:
+        yield connector
+        stop.set()
+        await asyncio.wait_for(task, 30)
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reconnect and try again at once."""
+    monkeypatch.setattr(connector_module, "RECONNECT_MIN_S", 0.02)
+    monkeypatch.setattr(connector_module, "SERVERS_RETRY_AFTER_S", 0.05)
+    monkeypatch.setattr(pipeline_module, "RETRY_AFTER_S", 0.02)
+
+
+@pytest.fixture
+def exchange(setting: Setting) -> FakeExchange:
+    """An exchange that takes every connection."""
+    return FakeExchange(setting)
+
+
+def spool_of(setting: Setting) -> Path:
+    """Return the folder of the day's spool."""
+    return spool_dir(setting.home, setting.env.name, DATE)
+
+
+def whole_spool(setting: Setting) -> list[bytes]:
+    """Return every batch in the day's spool."""
+    folder = spool_of(setting)
+    return spooled_batches(*(spool_path(folder, conn) for conn in spooled_connections(folder)))
+
+
+def notes_of(setting: Setting, conn: str) -> list[str]:
+    """Return the events that a connection noted."""
+    return [
+        record.note["event"]
+        for batch, encoded in read_spool(spool_path(spool_of(setting), conn))
+        if batch.header.channel == "session"
+        for record in map(parse_record, spooled_records(encoded, batch).splitlines())
+        if record.note is not None
+    ]
+
+
+async def assert_whole(setting: Setting, stores: Stores, folder: Path, trades: dict[str, int]) -> None:
+    """Check that spool and stream hold the same, that it verifies, and that it has so many trades per connection."""
+    batches = whole_spool(setting)
+    readback = read_segments(build_segments(folder, batches, env=setting.env.name), env=setting.env.name)
+    assert readback.faults == ()
+    counted = {conn: counts.get("trade", 0) for conn, counts in readback.by_connection.items()}
+    assert {conn: count for conn, count in counted.items() if count} == trades
+    in_stream = await stores.raw_stream.batches(DATE)
+    assert {(b.conn, b.channel, b.batch) for b in in_stream} == {
+        (h.conn, h.channel, h.batch) for h in (header_of(data).header for data in batches)
+    }
+
+
+async def test_what_comes_is_spooled_published_and_ends_with_its_notes(
+    tmp_path: Path, setting: Setting, stores: Stores, exchange: FakeExchange
+) -> None:
+    """A day without trouble: every frame in spool and stream, notes from connected to the last interval."""
+    async with recording(setting, exchange) as connector:
+        await eventually(lambda: connector._status()["state"] == "subscribed")
+        exchange.connections[0].send(2_500)
+        await eventually(lambda: connector._status()["unacked_bytes"] == 0)
+        assert connector._status()["n"] == 2_502
+        exchange.connections[0].send(10)
+    assert connector._status()["state"] == "stopped"
+    await assert_whole(setting, stores, tmp_path, {"3-a-0": 2_510})
+    noted = notes_of(setting, "3-a-0")
+    assert [event for event in noted if event != "interval"] == ["connected", "subscribed", "stopping", "disconnected"]
+    assert gaps_between(spool_of(setting), "a") == []
+
+
+async def test_a_lost_connection_is_followed_by_another_with_a_gap_between(
+    tmp_path: Path, setting: Setting, stores: Stores, book: DayBook, exchange: FakeExchange
+) -> None:
+    """A new id, a declared gap, and nothing of either connection lost."""
+    async with recording(setting, exchange) as connector:
+        await eventually(lambda: connector._status()["state"] == "subscribed")
+        exchange.connections[0].send(5)
+        exchange.connections[0].drop()
+        await eventually(lambda: connector._status()["conn"] == "3-a-1" and connector._state == "subscribed")
+        exchange.connections[1].send(7)
+        await eventually(lambda: connector._gaps.waiting == 0)
+    await assert_whole(setting, stores, tmp_path, {"3-a-0": 5, "3-a-1": 7})
+    day = await book.day(DATE)
+    assert day is not None
+    assert [(gap.gap_id, gap.cause, gap.outcome) for gap in day.gaps] == [("gap-3-a-0", "connection_lost", "stays")]
+    (lost,) = gaps_between(spool_of(setting), "a")
+    assert (lost.from_ns, lost.cause) == (day.gaps[0].from_ns, day.gaps[0].cause)
+
+
+async def test_connections_that_do_not_come_up_leave_nothing_running(
+    tmp_path: Path, setting: Setting, stores: Stores, exchange: FakeExchange
+) -> None:
+    """Refused handshakes and subscriptions are tried again; the last gap stays one gap."""
+    exchange.connect_errors = [UnreachableError("refused")] * 2
+    exchange.subscribe_errors = [UnreachableError("no answer")] * 2
+    async with recording(setting, exchange) as connector:
+        await eventually(lambda: connector._status()["state"] == "subscribed")
+        await eventually(lambda: len(connector._pipelines) == 1)
+        exchange.connections[-1].send(3)
+    assert len(exchange.sinks) == 5
+    conns = spooled_connections(spool_of(setting))
+    assert conns == ["3-a-2", "3-a-3", "3-a-4"]
+    await assert_whole(setting, stores, tmp_path, {"3-a-4": 3})
+    assert gaps_between(spool_of(setting), "a") == []
+
+
+async def test_what_an_abandoned_connection_still_says_does_not_get_into_the_next_one(
+    tmp_path: Path, setting: Setting, stores: Stores, exchange: FakeExchange
+) -> None:
+    """A socket that is told of its end late, when the next one records already, changes nothing of that."""
+    exchange.connect_errors = [UnreachableError("no handshake in time")]
+    async with recording(setting, exchange) as connector:
+        await eventually(lambda: connector._status()["state"] == "subscribed")
+        exchange.connections[0].send(3)
+        exchange.sinks[0].on_closed(setting.clock(), "abandoned")
+        exchange.connections[0].send(3)
+    await assert_whole(setting, stores, tmp_path, {"3-a-1": 6})
+
+
+async def test_a_disk_that_stays_full_closes_the_socket_and_records_again_when_there_is_room(
+    tmp_path: Path,
+    setting: Setting,
+    stores: Stores,
+    book: DayBook,
+    exchange: FakeExchange,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What waits in memory is bounded: the connection ends with `buffer_overflow`, and what had come in is not lost."""
+    monkeypatch.setattr(connector_module, "MAX_UNSEALED_BYTES", 100_000)
+    full = False
+    append = SpoolWriter.append
+
+    def refusing(self: SpoolWriter, parts: list[bytes]) -> list[int]:
+        if full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return append(self, parts)
+
+    monkeypatch.setattr(SpoolWriter, "append", refusing)
+    async with recording(setting, exchange) as connector:
+        await eventually(lambda: connector._status()["state"] == "subscribed")
+        exchange.connections[0].send(1)
+        await eventually(lambda: connector._status()["unacked_bytes"] == 0)
+        full = True
+        exchange.connections[0].send(200, pad="x" * 1_000)
+        await eventually(lambda: connector._status()["state"] == "full")
+        assert exchange.connections[0].closed
+        assert "No space left" in connector._status()["error"]
+        assert len(exchange.connections) == 1
+        full = False
+        await eventually(lambda: connector._status()["state"] == "subscribed")
+        assert connector._status()["error"] is None
+        exchange.connections[1].send(2)
+        await eventually(lambda: connector._gaps.waiting == 0)
+    await assert_whole(setting, stores, tmp_path, {"3-a-0": 201, "3-a-1": 2})
+    day = await book.day(DATE)
+    assert day is not None
+    assert [(gap.cause, gap.outcome) for gap in day.gaps] == [("buffer_overflow", "stays")]
+    assert [lost.cause for lost in gaps_between(spool_of(setting), "a")] == ["buffer_overflow"]
+
+
+async def test_a_connector_records_without_servers_and_publishes_when_they_come(
+    tmp_path: Path, make_setting: MakeSetting, exchange: FakeExchange
+) -> None:
+    """NATS is not there when it starts: the spool takes everything, the stream gets it once NATS is up."""
+    (tmp_path / "nats").mkdir()
+    late = servers.NatsServer(tmp_path / "nats")
+    setting = make_setting(nats_url=late.url)
+    try:
+        async with recording(setting, exchange) as connector:
+            await eventually(lambda: connector._status()["state"] == "subscribed")
+            exchange.connections[0].send(50)
+            await eventually(lambda: connector._status()["unacked_batches"] > 0)
+            assert connector._stores is None
+            await asyncio.to_thread(late.start)
+            await eventually(lambda: connector._stores is not None)
+            assert connector._stores is not None
+            await connector._stores.raw_stream.create(1 << 20)
+            await eventually(lambda: connector._status()["unacked_bytes"] == 0)
+    finally:
+        late.kill()
+    assert sum(header_of(data).header.channel == "trade" for data in whole_spool(setting)) > 0
+
+
+async def test_refused_credentials_end_the_connector(setting: Setting, stores: Stores, exchange: FakeExchange) -> None:
+    """A person has to change something: exit code 8, which the supervisor does not retry, and the heartbeat says why."""
+    exchange.connect_errors = [ConfigurationError("the exchange refused the credentials")]
+    connector = Connector(setting, exchange, DATE, EPOCH, "a")  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError):
+        await asyncio.wait_for(connector.run(asyncio.Event()), 20)
+    status = connector._status()
+    assert (status["state"], status["exit_code"]) == ("refused", 8)
+    assert "refused the credentials" in status["error"]
+    assert spooled_connections(spool_of(setting)) == []
+
+
+async def test_a_bug_in_the_line_to_the_stream_ends_the_process(
+    setting: Setting, stores: Stores, exchange: FakeExchange, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Records must not pile up behind a task that died: the supervisor starts another connector."""
+
+    async def broken(*_: Any, **__: Any) -> Any:
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(Connector, "_publish", broken)
+    connector = Connector(setting, exchange, DATE, EPOCH, "a")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="a bug"):
+        await asyncio.wait_for(connector.run(asyncio.Event()), 20)
+    assert exchange.connections[0].closed
+
+
+async def test_a_stop_just_behind_a_lost_connection_ends_quietly(
+    tmp_path: Path, setting: Setting, stores: Stores, exchange: FakeExchange
+) -> None:
+    """The end of the socket and the signal meet: the connection's last record stays its last."""
+    async with recording(setting, exchange) as connector:
+        await eventually(lambda: connector._status()["state"] == "subscribed")
+        exchange.connections[0].send(3)
+        exchange.connections[0].drop()
+    await assert_whole(setting, stores, tmp_path, {"3-a-0": 3})
+    assert notes_of(setting, "3-a-0").count("disconnected") == 1
+
+
+async def test_silence_ends_a_connection(
+    setting: Setting, stores: Stores, exchange: FakeExchange, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither frame nor ping for too long: the socket is taken for dead, and the note says so."""
+    monkeypatch.setattr(connector_module, "SILENCE_S", 0.2)
+    async with recording(setting, exchange) as connector:
+        await eventually(lambda: connector._status()["conn"] == "3-a-1")
+    assert "silent" in notes_of(setting, "3-a-0")
+    assert exchange.connections[0].closed
