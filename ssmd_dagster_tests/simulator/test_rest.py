@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,9 @@ async def test_markets_can_be_filtered_as_on_kalshi(exchange: Running) -> None:
     now_s = exchange.simulator.clock() // SECOND_NS
     soon = await _all(exchange, "/markets", "markets", min_close_ts=now_s, max_close_ts=now_s + 900, limit=1_000)
     assert soon
-    assert all("15M-" in market["ticker"] or "KXMVE" in market["ticker"] or "KX" in market["ticker"] for market in soon)
+    limits = (datetime.fromtimestamp(at_s, UTC) for at_s in (now_s, now_s + 900))
+    earliest, latest = (limit.isoformat().replace("+00:00", "Z") for limit in limits)
+    assert all(earliest <= market["close_time"] <= latest for market in soon)
     for wrong in (
         {"min_close_ts": 1, "max_created_ts": 2},
         {"status": "odd"},
