@@ -4,8 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 JOBS ?= 2
+REPORTS := build/faults
+SEEDS ?= 3
+MINUTES ?= 10
+SEED ?= 1
 
-.PHONY: demo up down test test-long lint format bench clean
+.PHONY: demo up down test test-long faults chaos lint format bench clean
 
 demo: $(READY) ## run a whole trading day on a simulated exchange, in about a minute
 	$(BIN)/ssmd demo
@@ -21,6 +25,15 @@ test: $(READY) ## run the tests
 
 test-long: $(READY) ## run the long tests too: every crash point
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
+faults: $(READY) ## break everything that can break, and write docs/fault-matrix.md from the results
+	rm -rf $(REPORTS)/rows
+	-SSMD_FAULT_SEEDS=$(SEEDS) SSMD_FAULT_REPORTS=$(CURDIR)/$(REPORTS)/rows \
+		$(BIN)/python -m pytest -n $(JOBS) --dist worksteal ssmd_dagster_tests/faults
+	$(BIN)/python -m ssmd_dagster_tests.faults.matrix $(REPORTS) > docs/fault-matrix.md
+
+chaos: $(READY) ## kill anything at random for MINUTES while a day runs
+	$(BIN)/python -m ssmd_dagster_tests.faults.chaos --minutes $(MINUTES) --seed $(SEED) --report $(REPORTS)/chaos
 
 lint: $(READY) ## format, style, types, arrows of the house
 	$(BIN)/ruff format --check .

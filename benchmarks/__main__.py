@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks import capture, simulator
+from benchmarks import capture, dagster, normalize, reader, replay, simulator, verify
 
 
 def main() -> None:
     """Run what the command line names (default: all)."""
-    known = {"simulator": simulator.main, "capture": capture.main}
+    known = {
+        "simulator": simulator.main,
+        "capture": capture.main,
+        "dagster": dagster.main,
+        "normalize": normalize.main,
+        "reader": reader.main,
+        "replay": replay.main,
+        "verify": verify.main,
+    }
     wanted = sys.argv[1:] or list(known)
     sys.argv[1:] = []
     for name in wanted:

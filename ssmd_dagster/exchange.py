@@ -6,15 +6,23 @@ Nothing here knows Kalshi, and nothing outside an exchange's room knows more of 
 from __future__ import annotations
 
 import importlib
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import msgspec
 
 from ssmd_dagster.clock import Clock
+from ssmd_dagster.errors import SsmdError, UnreachableError
+
+if TYPE_CHECKING:  # capture's processes have no use for them
+    import numpy as np
+    import numpy.typing as npt
+    import pyarrow as pa
 
 SESSION = "session"
 """Channel of what the recorder itself says and of answers to its commands."""
+REST = "rest"
+"""Channel of pages that were fetched over REST, and the shard in the id of a connection that fetched them."""
 OTHER = "other"
 """Channel of every message type that the exchange's room does not know."""
 
@@ -97,6 +105,52 @@ class MarketSelection(msgspec.Struct, frozen=True, kw_only=True):
     max_markets: int = 20_000
 
 
+class Closed(msgspec.Struct, frozen=True, kw_only=True):
+    """The exchange is closed: a gap's cause, and since and until when where that is known."""
+
+    cause: Literal["exchange_maintenance", "closed_by_schedule"]
+    since_ns: int | None = None
+    until_ns: int | None = None
+
+
+class RateLimitedError(UnreachableError):
+    """The exchange wants fewer requests and went on saying so. `retry_after_s` is its own wish, where it has one."""
+
+    def __init__(self, what: str, *, where: str = "", do: str = "", retry_after_s: float | None = None) -> None:
+        super().__init__(what, where=where, do=do)
+        self.retry_after_s = retry_after_s
+
+
+class MarketLimitError(SsmdError):
+    """A subscription takes no more markets."""
+
+
+class SubscriptionLost(msgspec.Struct, frozen=True, kw_only=True):
+    """The exchange ended one subscription and left the socket open."""
+
+    sid: int
+    reason: str
+
+
+class SnapshotCame(msgspec.Struct, frozen=True, kw_only=True):
+    """A whole order book came."""
+
+    sid: int | None
+    ticker: str
+
+
+class MarketNews(msgspec.Struct, frozen=True, kw_only=True):
+    """What the exchange tells of a market's life: listed, moved (its close), or settled. Times are None where unsaid."""
+
+    ticker: str
+    event: Literal["listed", "moved", "settled"]
+    open_ns: int | None = None
+    close_ns: int | None = None
+
+
+ExchangeEvent = SubscriptionLost | SnapshotCame | MarketNews
+
+
 class FrameSink(Protocol):
     """Receives everything that comes off one socket, in order, on the event loop; must not block."""
 
@@ -105,6 +159,9 @@ class FrameSink(Protocol):
 
     def on_ping(self, recv_ns: int) -> None:
         """Take note that the server showed a sign of life without data."""
+
+    def on_event(self, recv_ns: int, event: ExchangeEvent) -> None:
+        """Take note of what the frame before, already taken, means for the connection's subscriptions."""
 
     def on_closed(self, recv_ns: int, reason: str) -> None:
         """Take note that the socket is gone; called exactly once, last."""
@@ -135,6 +192,9 @@ class Connection(Protocol):
     async def request_snapshots(self, sid: int, tickers: Sequence[str]) -> None:
         """Ask for fresh order book snapshots; they arrive as frames."""
 
+    def pause_reading(self, *, paused: bool) -> None:
+        """Leave what comes in the socket for a moment, or (not `paused`) read on; twice is no more than once."""
+
     async def close(self) -> None:
         """Close the socket and wait until the sink has been told."""
 
@@ -148,20 +208,101 @@ class Trade(msgspec.Struct, frozen=True, kw_only=True):
     row: msgspec.Raw
 
 
+class Covered(msgspec.Struct, frozen=True, kw_only=True):
+    """A stretch of time, `[from_ns, to_ns)`, of which every trade has come from `endpoint`; of one market or (None) of all.
+
+    `selection` names which markets were kept; `cutoff_ns` is where the exchange's live list began at that time.
+    """
+
+    endpoint: str
+    ticker: str | None
+    selection: str
+    from_ns: int
+    to_ns: int
+    cutoff_ns: int
+
+
+class TradePage(msgspec.Struct, frozen=True, kw_only=True):
+    """One page of the exchange's list of trades: `rows` is a JSON array of its rows as they came, on one line."""
+
+    endpoint: str
+    params: dict[str, str]
+    covered: Covered
+    rows: bytes
+    count: int
+    tickers: frozenset[str]
+
+
+class TradeQuery(msgspec.Struct, frozen=True, kw_only=True):
+    """Which trades are wanted: of `[from_ns, to_ns)`, of `tickers` or (None) of all markets.
+
+    `known` is what came before, `per_ticker` asks for each market by itself.
+    """
+
+    from_ns: int
+    to_ns: int
+    tickers: frozenset[str] | None = None
+    include_multivariate: bool = False
+    per_ticker: bool = False
+    known: tuple[Covered, ...] = ()
+
+
+class TradesRead(msgspec.Struct, frozen=True, kw_only=True):
+    """What a reading of the list of trades came to; `cutoff_ns` as it was at its end."""
+
+    trades: int
+    pages: int
+    requests: int
+    cutoff_ns: int
+
+
+class MarketPage(msgspec.Struct, frozen=True, kw_only=True):
+    """One page of the exchange's list of markets: `rows` is a JSON array as it came, with the rows' tickers."""
+
+    endpoint: str
+    params: dict[str, str]
+    rows: bytes
+    tickers: frozenset[str]
+
+
 class Exchange(Protocol):
     """One exchange, opened for one environment. Methods raise `errors.SsmdError` with the address and what to do."""
 
     channel_of_type: Mapping[str, str]
     """Channel of every known message type; answers to commands map to `session`, unknown types are `other`."""
+    market_channels: frozenset[str]
+    """Channels whose subscriptions name their markets; the others are subscribed as a whole."""
+    book_channels: frozenset[str]
+    """Those of them that begin with a snapshot of every market and answer `request_snapshots`."""
 
     def markets(self, selection: MarketSelection) -> AsyncIterator[Market]:
         """Yield the selected open markets, each ticker once."""
 
+    def listings(self, selection: MarketSelection, created_after_ns: int | None = None) -> AsyncIterator[Market]:
+        """Yield the selected markets, open and yet to open, as the bare list has them: series and category may be empty.
+
+        With `created_after_ns` only those listed since then, in few requests; by tickers whatever their status.
+        """
+
     async def status(self) -> ExchangeStatus:
         """Ask the exchange whether it is open."""
 
+    async def closed(self, at_ns: int) -> Closed | None:
+        """Ask the exchange whether it says, now, that it is closed at `at_ns`; None where it does not say so."""
+
     def trades(self, from_ns: int, to_ns: int, ticker: str | None = None) -> AsyncIterator[Trade]:
         """Yield the exchange's own list of trades in `[from_ns, to_ns]`, newest first, each trade id once."""
+
+    async def trade_pages(self, query: TradeQuery, take: Callable[[TradePage], Awaitable[None]]) -> TradesRead:
+        """Hand the pages of the exchange's list of trades to `take`, several at once, in no order, each trade once."""
+
+    async def pages_of_tape(self, from_ns: int, to_ns: int) -> int:
+        """Estimate how many pages the list of all trades of an interval has."""
+
+    def market_pages(
+        self, *, tickers: Sequence[str] | None = None, series: str | None = None, around: tuple[int, int] | None = None
+    ) -> AsyncIterator[MarketPage]:
+        """Yield markets, past ones too, by `tickers` or of one `series`; with `around` only those open in that interval."""
 
     async def connect(self, sink: FrameSink, *, use_yes_price: bool = False) -> Connection:
         """Open one socket; `use_yes_price` goes with every order book subscription.
@@ -171,6 +312,59 @@ class Exchange(Protocol):
 
     async def close(self) -> None:
         """Close the REST client."""
+
+
+Row = dict[str, Any]
+"""One row of a table by column; a column that is not there is null."""
+
+
+class UnknownKey(NamedTuple):
+    """Something on the wire that no reader knows: `trade.msg.new_key` and its JSON type, or a whole message type."""
+
+    name: str
+    kind: str
+
+
+class Columns(NamedTuple):
+    """Messages read as a whole: the columns of `table` (without connection, ordinal and receive time).
+
+    False in `readable`: `RowReader.rows` has to read that message. `unknown` names the messages that have each such key.
+    """
+
+    table: str
+    columns: dict[str, pa.Array]
+    readable: npt.NDArray[np.bool_]
+    unknown: tuple[tuple[UnknownKey, npt.NDArray[np.bool_]], ...]
+
+
+class ReadMessage(NamedTuple):
+    """One message read by itself: rows of `table`, or no rows since it is an answer to a command, or cannot be read.
+
+    A rejected page of many rows may hold those that could be read.
+    """
+
+    type: str
+    outcome: Literal["rows", "control", "rejected"]
+    table: str = ""
+    rows: Sequence[Row] = ()
+    reason: str = ""
+    unknown: tuple[UnknownKey, ...] = ()
+
+
+class RowReader(Protocol):
+    """What an exchange's messages are as rows of the tables: scaled integers, `event_ns` null where it gives no time."""
+
+    def wire_type(self, channel: str) -> pa.StructType | None:
+        """Return the type of a channel's messages of today's shape; None where there is no reading them as a whole."""
+
+    def columns(self, channel: str, messages: pa.StructArray) -> Columns:
+        """Read a block of messages that parsed as `wire_type(channel)`, further fields behind the known ones.
+
+        Says of a message that it is readable only if `rows` would say the same of it.
+        """
+
+    def rows(self, message: bytes) -> ReadMessage:
+        """Read one message of any type and age. Never raises for what the exchange sends."""
 
 
 _ADAPTERS = {"kalshi": "ssmd_dagster.kalshi"}
@@ -185,6 +379,17 @@ def market_reader(feed_name: str) -> Callable[[msgspec.Raw], str | None]:
     """Return the function of a feed that tells which market a frame is about; None for frames about no single one."""
     reader: Callable[[msgspec.Raw], str | None] = importlib.import_module(_ADAPTERS[feed_name]).market_of
     return reader
+
+
+def row_reader(feed_name: str) -> RowReader:
+    """Return what reads a feed's messages as rows of the tables."""
+    reader: RowReader = importlib.import_module(f"{_ADAPTERS[feed_name]}.rows").reader()
+    return reader
+
+
+def room_part(feed_name: str, part: str) -> Any:
+    """Return a module of a feed's room: `books` folds order books, `matching` reads what identifies a trade."""
+    return importlib.import_module(f"{_ADAPTERS[feed_name]}.{part}")
 
 
 def open_exchange(feed_name: str, settings: ExchangeSettings, clock: Clock) -> Exchange:

@@ -51,7 +51,7 @@ class PlainExchange:
             if message.type is not WSMsgType.TEXT:
                 continue
             command = json.loads(message.data)
-            for channel in command["params"]["channels"]:
+            for channel in command["params"].get("channels", ()):
                 sid += 1
                 answer = {"id": command["id"], "type": "subscribed", "msg": {"channel": channel, "sid": sid}}
                 await socket.send_json(answer)

@@ -79,7 +79,7 @@ class House:
             **({"simulator": {"pauses": False, **simulator}} if simulator is not None else {}),
             **changes,
         }
-        settings["capture"] = {"spool_limit_mb": 64, "stream_limit_mb": 64, **settings["capture"]}
+        settings["capture"] = {"spool_limit_mb": 64, "stream_limit_mb": 64, "trades_settle_s": 0, **settings["capture"]}
         text = yaml.safe_dump({key: value for key, value in settings.items() if value is not None}, sort_keys=False)
         (self.exchanges / "environments" / f"{name}.yaml").write_text(text.replace("'2025-12-01'", "2025-12-01"))
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from ssmd_dagster.archive.batch import Batch, decode_records, scan
 from ssmd_dagster.archive.records import parse_record, payload_of
+from ssmd_dagster.exchange import REST
 from ssmd_dagster.simulator.truth import Frame, Note, read_truth
 
 
@@ -44,12 +45,15 @@ def judge(truth: Path, *folders: Path) -> Verdict:
 
 
 def archived_payloads(folder: Path) -> list[bytes]:
-    """Return every frame of a day's archive as it came off the socket, connections one after another, each in order."""
+    """Return every frame of a day's archive as it came off the socket, connections one after another, each in order.
+
+    Pages that were fetched over REST are none.
+    """
     found: dict[tuple[str, int], bytes] = {}
     for path in sorted(folder.glob("*.jsonl.zst")):
         data = path.read_bytes()
         for item in scan(data):
-            if isinstance(item, Batch):
+            if isinstance(item, Batch) and item.header.channel != REST:
                 for line in decode_records(data, item).splitlines():
                     record = parse_record(line)
                     payload = payload_of(record)

@@ -75,7 +75,7 @@ def test_the_demo_runs_two_days_through_dagster_and_leaves_nothing_running(demo:
     assert demo["as_they_should"] is True
     second, first = demo["days"]
     for day in (first, second):
-        assert (day["state"], day["condition"], day["gaps"]) == ("COMPLETE", "pending", [])
+        assert (day["state"], day["condition"], day["gaps"]) == ("COMPLETE", "available", [])
         assert day["messages"] > 1_000
         for sheet in day["ledger"]["channels"]:
             assert sheet["received"] == sheet["spooled"] == sheet["published"] == sheet["archived"]
@@ -84,13 +84,21 @@ def test_the_demo_runs_two_days_through_dagster_and_leaves_nothing_running(demo:
     assert _left_over(home) == []
 
 
-def test_the_python_in_the_readme_reads_a_day(demo: dict[str, Any]) -> None:
+def test_the_python_in_the_readme_reads_a_day(demo: dict[str, Any], home: Path) -> None:
     """The README's examples in Python run on the demo's files."""
-    (block,) = _blocks(project_dir() / "README.md", "python")
-    folder = Path(demo["raw_files"][0]).parent
-    source = block.replace("…", str(folder)).replace("duckdb.sql(", "duckdb.connect().execute(") + "\n"
-    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 0, done.stderr
+    folder, date = Path(demo["raw_files"][0]).parent, demo["days"][1]["date"]
+    for block in _blocks(project_dir() / "README.md", "python"):
+        source = block.replace("…", str(folder)).replace("duckdb.sql(", "duckdb.connect().execute(") + "\n"
+        source = source.replace("2025-12-14", date).replace("2025-12-01", date).replace("2025-12-31", date)
+        done = subprocess.run(
+            [sys.executable, "-c", source],
+            env={**os.environ, "SSMD_HOME": str(home / "demo")},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

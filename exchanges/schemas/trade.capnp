@@ -1,5 +1,5 @@
-# One public trade, version 1. Numbers are scaled integers, never floats: prices in ten-thousandths of a dollar, counts
-# in hundredths of a contract. Times are nanoseconds since 1970-01-01T00:00:00Z.
+# One public trade, version 1. Numbers are scaled integers, never floats: prices in millionths of a dollar, counts in
+# hundredths of a contract. Times are nanoseconds since 1970-01-01T00:00:00Z.
 #
 # Only append fields; what readers know by number must not change. A changed file needs its new SHA-256 in trade.yaml.
 @0xc7a1f05d93be4862;
@@ -11,31 +11,34 @@ struct Trade {
   ticker @1 :Text;
   # Market ticker as the exchange writes it, not encoded.
 
-  price @2 :Int64;
-  # Price of a YES contract in 1e-4 dollars: 5600 is $0.5600. That of NO is 10000 less this.
+  yesPrice @2 :Int64;
+  # Price of a YES contract in 1e-6 dollars: 560000 is $0.5600.
 
-  count @3 :Int64;
+  noPrice @3 :Int64;
+  # Price of a NO contract in 1e-6 dollars.
+
+  count @4 :Int64;
   # Contracts traded, in 1e-2 contracts: 100 is one contract.
 
-  takerSide @4 :Side;
+  takerSide @5 :Side;
   # The outcome that the taker bought.
 
-  eventNs @5 :Int64;
+  eventNs @6 :Int64;
   # Time of the trade as the exchange gives it. It decides which trading day the trade belongs to.
 
-  recvNs @6 :Int64;
-  # When the recorder received it; 0 where it did not come over the live socket.
+  recvNs @7 :Int64;
+  # When the recorder received it.
 
-  isBlockTrade @7 :Bool;
-  # Negotiated off the book.
+  isBlockTrade @8 :Bool;
+  # Negotiated off the book; false where the exchange did not say.
 
-  source @8 :Source;
+  source @9 :Source;
   # Where this row comes from.
 
-  conn @9 :Text;
-  # Connection that received it, empty where none did.
+  conn @10 :Text;
+  # Connection that received it: epoch-shard-number.
 
-  n @10 :UInt64;
+  n @11 :UInt64;
   # Ordinal of the raw record on that connection, so that a row can be traced to its bytes.
 
   enum Side {
@@ -46,8 +49,8 @@ struct Trade {
 
   enum Source {
     unknown @0;
-    live @1;    # the WebSocket, as it happened
-    repair @2;  # the exchange's REST list, inside a gap of the live capture
-    replay @3;  # the exchange's REST list, for a day that was not captured live
+    live @1;     # the WebSocket, as it happened
+    rest @2;     # the exchange's REST list
+    archive @3;  # a replayed archive
   }
 }

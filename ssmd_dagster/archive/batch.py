@@ -171,6 +171,20 @@ def join_headers(headers: Sequence[BatchHeader], sha256: str) -> BatchHeader:
     )
 
 
+def seqs_join_up(headers: Sequence[BatchHeader]) -> bool:
+    """Tell whether each sid's numbers go on from batch to batch without a hole or a repetition.
+
+    Only then is the number of distinct ones in all the sum of those in each.
+    """
+    reached: dict[str, int] = {}
+    for header in headers:
+        for sid, (low, high, distinct) in header.seq.items():
+            if high - low + 1 != distinct or reached.get(sid, low - 1) != low - 1:
+                return False
+            reached[sid] = high
+    return True
+
+
 def read_last(buffer: bytes | memoryview, end: int | None = None) -> Batch | Footer | None:
     """Return what ends at `end` (default: the buffer's end), or None where no whole trailer and its data end there."""
     end = len(buffer) if end is None else end

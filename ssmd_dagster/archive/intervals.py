@@ -81,6 +81,39 @@ def torn_in(session_records: bytes) -> Iterable[Torn]:
             yield Torn(first, last, note["records"])
 
 
+def oversized_in(session_records: bytes) -> int:
+    """Return how many frames a block of `session` records says were too large to be kept."""
+    return sum(
+        (note := parse_record(line).note) is not None and note.get("event") == "oversized"
+        for line in session_records.splitlines()
+        if b'"oversized"' in line
+    )
+
+
+class Jump(msgspec.Struct, frozen=True):
+    """Numbers of a subscription that did not come, as the recorder noted them; both ends inclusive."""
+
+    sid: int
+    first: int
+    last: int
+
+
+def jumps_in(session_records: bytes) -> Iterable[Jump]:
+    """Yield what a block of `session` records says of jumps in the exchange's numbers."""
+    for line in session_records.splitlines():
+        note = parse_record(line).note if b'"sequence_jump"' in line else None
+        if note is not None and note.get("event") == "sequence_jump":
+            before, after = note["seq"]
+            yield Jump(note["sid"], before + 1, after - 1)
+
+
+def sids_in(session_records: bytes) -> Iterable[int]:
+    """Yield the subscriptions that a block of `session` records says have begun."""
+    for line in session_records.splitlines():
+        if b'"sids"' in line and (note := parse_record(line).note) is not None:
+            yield from note.get("sids", {}).values()
+
+
 class Ordinals:
     """Which ordinals of one connection have been seen: one byte each."""
 

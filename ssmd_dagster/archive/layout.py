@@ -18,6 +18,8 @@ FILE_OF_CHANNEL = {
 
 CHANNEL_OF_FILE = {file: channel for channel, file in FILE_OF_CHANNEL.items()}
 
+_MANIFEST = re.compile(r"manifest(?:\.r(?P<revision>[2-9]|[1-9][0-9]+))?\.json")
+_REVISION = re.compile(r"\.r(?P<revision>[2-9]|[1-9][0-9]+)\.")
 _SEGMENT = re.compile(r"(?P<file>[a-z]+)-(?P<number>[0-9]{2}|[1-9][0-9]{2,})\.jsonl\.zst")
 
 
@@ -43,6 +45,39 @@ def parse_segment_key(key: str) -> tuple[str, int] | None:
 def manifest_key(feed: str, date: str, revision: int = 1) -> str:
     """Return the key of a day's manifest: `manifest.json`, from revision 2 on `manifest.r2.json`."""
     return f"{day_prefix(feed, date)}manifest{'' if revision == 1 else f'.r{revision}'}.json"
+
+
+def manifest_revision(key: str) -> int | None:
+    """Return the revision of a manifest's key, None for any other object."""
+    match = _MANIFEST.fullmatch(key.rsplit("/", 1)[-1])
+    return None if match is None else int(match["revision"] or 1)
+
+
+def table_revision(key: str) -> int:
+    """Return the revision of a table's key, `…/data.r2.parquet` or `…/data.r2.capnp.zst`."""
+    match = _REVISION.search(key.rsplit("/", 1)[-1])
+    return 1 if match is None else int(match["revision"])
+
+
+def table_prefix(feed: str, table: str, date: str) -> str:
+    """Return the folder of a day's table, `kalshi/v1/trade/2025/12/14/`, in the bucket of tables."""
+    return day_prefix(f"{feed}/v1/{table}", date)
+
+
+def table_key(feed: str, table: str, date: str, revision: int = 1) -> str:
+    """Return the key of a day's table in Parquet: `…/data.parquet`, from revision 2 on `…/data.r2.parquet`."""
+    return f"{table_prefix(feed, table, date)}data{'' if revision == 1 else f'.r{revision}'}.parquet"
+
+
+def capnp_key(feed: str, date: str, ticker: str, revision: int = 1) -> str:
+    """Return the key of one market's trades as Cap'n Proto: `…/v1/trade/2025/12/14/{ticker}/data.capnp.zst`."""
+    name = f"data{'' if revision == 1 else f'.r{revision}'}.capnp.zst"
+    return f"{table_prefix(feed, 'trade', date)}{encode_ticker(ticker)}/{name}"
+
+
+def drift_key(feed: str, date: str, revision: int = 1) -> str:
+    """Return the key of what the normaliser found that it did not know: `…/v1/drift/2025/12/14/data.json`."""
+    return f"{table_prefix(feed, 'drift', date)}data{'' if revision == 1 else f'.r{revision}'}.json"
 
 
 def encode_ticker(ticker: str) -> str:

@@ -13,17 +13,22 @@ from collections.abc import Callable
 
 import msgspec
 
-from ssmd_dagster.archive.batch import Batch, BatchDamagedError, Damage, decode_records, scan
+from ssmd_dagster.archive.batch import Batch, BatchDamagedError, BatchHeader, Damage, decode_records, scan
 from ssmd_dagster.archive.intervals import (
     Interval,
     IntervalCheck,
+    Jump,
     Ordinals,
     Torn,
     ends_session,
     intervals_in,
+    jumps_in,
     ordinals_of,
+    oversized_in,
+    sids_in,
     torn_in,
 )
+from ssmd_dagster.archive.numbering import Numberings, WireCount
 from ssmd_dagster.archive.segment import Ranges, add_range
 from ssmd_dagster.exchange import SESSION
 
@@ -43,8 +48,10 @@ class Readback(msgspec.Struct, frozen=True, kw_only=True):
     """What the bytes of a day say.
 
     `archived` and `received` count records per channel; `received` is what the recorder's interval notes claim.
-    `by_connection` counts the archived ones per connection and channel. `faults` names everything that is not as it must
-    be; empty means that every check passed over `records` records.
+    `by_connection` counts the archived ones per connection and channel. `wire` counts the exchange's own numbers per connection
+    and sid, `jumps` are what the recorder noted of them per connection, `unrecorded` how many frames of a connection it says
+    were lost (torn) or not kept (oversized). `faults` names everything that is not as it must be; empty means that every check
+    passed over `records` records.
     """
 
     segments: tuple[SegmentFinding, ...]
@@ -54,14 +61,21 @@ class Readback(msgspec.Struct, frozen=True, kw_only=True):
     epochs: dict[str, int]
     records: int
     intervals_confirmed: int
+    wire: tuple[WireCount, ...]
+    jumps: dict[str, tuple[Jump, ...]]
+    unrecorded: dict[str, int]
     faults: tuple[str, ...]
 
 
-class DayReadback:
-    """Collects the findings over a day's segments."""
+See = Callable[[BatchHeader, bytes], None]
+"""`see(header, records)` is shown every whole batch as it is read back."""
 
-    def __init__(self, env: str, day: str) -> None:
-        self._env, self._day = env, day
+
+class DayReadback:
+    """Collects the findings over a day's segments; `see` is shown the batches beside it."""
+
+    def __init__(self, env: str, day: str, *, see: See | None = None) -> None:
+        self._env, self._day, self._see = env, day, see
         self._segments: list[SegmentFinding] = []
         self._faults: list[str] = []
         self._archived: dict[str, int] = {}
@@ -76,6 +90,10 @@ class DayReadback:
         self._unordered: set[tuple[str, str]] = set()
         self._places: dict[tuple[str, str], list[tuple[int, str, int, int]]] = {}
         self._previous: dict[str, str] = {}
+        self._numbers = Numberings()
+        self._jumps: dict[str, list[Jump]] = {}
+        self._announced: set[tuple[str, int]] = set()
+        self._oversized: dict[str, int] = {}
 
     def feed(self, key: str, channel: str, number: int, data: bytes) -> None:
         """Take one whole segment: the `number`-th of `channel`."""
@@ -140,6 +158,9 @@ class DayReadback:
         counts[channel] = counts.get(channel, 0) + len(ordinals)
         if channel == SESSION:
             self._session(conn, records, ordinals[-1])
+        self._numbers.feed(header, records)
+        if self._see is not None:
+            self._see(header, records)
         if not honest:
             return len(ordinals)
         self._places.setdefault(place, []).append((header.span[0], key, batch.start, batch.end))
@@ -153,6 +174,9 @@ class DayReadback:
     def _session(self, conn: str, records: bytes, last_n: int) -> None:
         self._stated.setdefault(conn, []).extend(intervals_in(records))
         self._torn.update((conn, torn) for torn in torn_in(records))
+        self._jumps.setdefault(conn, []).extend(jumps_in(records))
+        self._announced.update((conn, sid) for sid in sids_in(records))
+        self._oversized[conn] = self._oversized.get(conn, 0) + oversized_in(records)
         if ends_session(records.splitlines()[-1]):
             self._session_end[conn] = max(last_n, self._session_end.get(conn, -1))
 
@@ -213,5 +237,12 @@ class DayReadback:
             epochs=self._epochs,
             records=sum(self._archived.values()),
             intervals_confirmed=confirmed,
+            wire=self._numbers.counts(self._announced),
+            jumps={conn: tuple(jumps) for conn, jumps in self._jumps.items() if jumps},
+            unrecorded={
+                conn: lost
+                for conn in sorted(self._ordinals)
+                if (lost := self._oversized.get(conn, 0) + (self._torn[conn].records if conn in self._torn else 0))
+            },
             faults=tuple(self._faults),
         )

@@ -13,6 +13,8 @@ from typing import Any
 
 import msgspec
 
+from ssmd_dagster.exchange import Envelope
+
 _WHITE_SPACE = b" \t\n\r"
 _MAX_PAD_BYTES = 4096
 _MAX_TEXT_BYTES = 80 << 20
@@ -33,6 +35,16 @@ class Record(msgspec.Struct, frozen=True):
 
 
 _decode_record = msgspec.json.Decoder(Record).decode
+
+
+class _Numbered(msgspec.Struct, gc=False):
+    wire: Envelope | None = None
+    wire_text: msgspec.Raw = msgspec.Raw(b"")
+    wire_b64: msgspec.Raw = msgspec.Raw(b"")
+
+
+_decode_numbered = msgspec.json.Decoder(_Numbered).decode
+_decode_envelope = msgspec.json.Decoder(Envelope).decode
 
 
 def is_plain_json(body: bytes) -> bool:
@@ -96,3 +108,25 @@ def payload_of(record: Record) -> bytes | None:
     if record.wire_b64 is not None:
         return base64.b64decode(record.wire_b64)
     return None
+
+
+def sequences_in(records: bytes) -> dict[int, list[int]]:
+    """Return per sid the exchange's sequence numbers in a block of whole lines, in order, as the recorder counted them."""
+    found: dict[int, list[int]] = {}
+    for line in records.splitlines():
+        envelope = _envelope_in(line)
+        if envelope is not None and envelope.sid is not None and envelope.seq is not None:
+            found.setdefault(envelope.sid, []).append(envelope.seq)
+    return found
+
+
+def _envelope_in(line: bytes) -> Envelope | None:
+    try:
+        numbered = _decode_numbered(line)
+        if numbered.wire is not None or not (bytes(numbered.wire_text) or bytes(numbered.wire_b64)):
+            return numbered.wire
+        payload = payload_of(_decode_record(line)) or b""
+        payload.decode()
+        return _decode_envelope(payload)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):  # a frame of another shape has no number
+        return None

@@ -6,8 +6,11 @@ The archiver's log format. Local bytes only: what reaches the object store, and 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+import msgspec
 
 from ssmd_dagster.archive.batch import (
     Batch,
@@ -17,7 +20,10 @@ from ssmd_dagster.archive.batch import (
     encode_batch,
     encode_footer,
     join_headers,
+    seq_spans,
+    seqs_join_up,
 )
+from ssmd_dagster.archive.records import sequences_in
 
 JOIN_BELOW_BYTES = 256 << 10
 """Batches with this many bytes of records or more are passed on as they are."""
@@ -54,7 +60,7 @@ class SegmentWriter:
 
     `append` takes batches in any order, at most once each; those of less than `JOIN_BELOW_BYTES` wait in memory (at
     most `JOIN_UP_TO_BYTES` a connection) until they have neighbours to be joined with. `close` writes what waits and
-    the footer. The file is disposable, so nothing is fsynced.
+    the footer. The file is disposable, so nothing is fsynced. After an `OSError` (a full disk) it is good for `discard` only.
     """
 
     def __init__(self, path: Path, *, env: str, day: str, channel: str, number: int, prev_sha256: str | None) -> None:
@@ -67,7 +73,8 @@ class SegmentWriter:
         self.ranges: Ranges = {}
         self.sha256 = ""
         self._env, self._day, self._prev_sha256 = env, day, prev_sha256
-        self._file = path.open("wb", buffering=1 << 20)
+        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        self._open = True
         self._hash = hashlib.sha256()
         self._waiting: dict[str, list[tuple[BatchHeader, bytes]]] = {}
         self._waiting_bytes: dict[str, int] = {}
@@ -104,11 +111,16 @@ class SegmentWriter:
         self._waiting_bytes.pop(conn, None)
         if waiting:
             records = b"".join(part for _, part in waiting)
-            header = join_headers([h for h, _ in waiting], hashlib.sha256(records).hexdigest())
+            headers = [h for h, _ in waiting]
+            header = join_headers(headers, hashlib.sha256(records).hexdigest())
+            if len(headers) > 1 and not seqs_join_up(headers):
+                header = msgspec.structs.replace(header, seq=seq_spans(sequences_in(records)))
             self._write(encode_batch(header, records))
 
     def _write(self, data: bytes) -> None:
-        self._file.write(data)
+        view = memoryview(data)
+        while view:
+            view = view[os.write(self._fd, view) :]
         self._hash.update(data)
         self.size_bytes += len(data)
 
@@ -135,14 +147,19 @@ class SegmentWriter:
             ranges={conn: tuple(ranges) for conn, ranges in self.ranges.items()},
         )
         self._write(encode_footer(footer))
-        self._file.close()
+        self._close_file()
         self.sha256 = self._hash.hexdigest()
         return footer
 
     def discard(self) -> None:
         """Close and remove the file, keeping nothing."""
-        self._file.close()
+        self._close_file()
         self.path.unlink(missing_ok=True)
+
+    def _close_file(self) -> None:
+        if self._open:
+            self._open = False
+            os.close(self._fd)
 
 
 def covered(footers: Iterable[SegmentFooter]) -> Iterator[tuple[str, int, int]]:

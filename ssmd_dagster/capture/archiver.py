@@ -4,13 +4,16 @@
 
 It keeps nothing of its own: what it still has to do is what the stream holds and the footers of the day's segments do not
 name. Segments are created only, never overwritten; one that exists already with the same SHA-256 is a success, with another
-one it is adopted and everything is worked out again. Not here: whether the day is whole (`workflows/verify`).
+one it is adopted and everything is worked out again. What was put is read back and compared.
+
+A full disk, a store that refuses or does not answer, a log with a hole: the archiver stands still in state `error`, says why
+in its heartbeat, and tries again with growing pauses until it can go on. Nothing is lost meanwhile: the stream and the spool
+hold it. Not here: whether the day is whole (`workflows/verify`).
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 import logging
 import os
@@ -43,13 +46,14 @@ from ssmd_dagster.archive.segment import (
 from ssmd_dagster.capture.control import control_subject, serve
 from ssmd_dagster.capture.process import Heartbeat, cancel, connected, current_epoch, run, wait_any
 from ssmd_dagster.capture.setting import Setting, load_setting
+from ssmd_dagster.crash_points import reached
 from ssmd_dagster.environments.home import segments_dir
 from ssmd_dagster.errors import ExitCode, RefusedError, SsmdError, UnreachableError
 from ssmd_dagster.exchange import SESSION
 from ssmd_dagster.stores.cache import DayStats
 from ssmd_dagster.stores.connect import Stores
 from ssmd_dagster.stores.daybook import DayBook
-from ssmd_dagster.stores.objects import ObjectExistsError, ObjectStore
+from ssmd_dagster.stores.objects import ObjectExistsError, ObjectStore, StorageError
 from ssmd_dagster.stores.stream import RawBatch, RawConsumer
 
 COMPONENT = "archiver"
@@ -57,6 +61,8 @@ STATS_EVERY_S = 2.0
 FETCH_TIMEOUT_S = 0.2
 RETRY_MIN_S, RETRY_MAX_S = 0.5, 30.0
 SCAN_FOOTER_BYTES = 64 << 10
+PROBE_BYTES = 1 << 20
+"""What the local disk must take before the archiver relies on it (again)."""
 
 _log = logging.getLogger(__name__)
 
@@ -75,6 +81,8 @@ class Channel:
         self.stored: Ranges = {}
         self.writer: SegmentWriter | None = None
         self.opened = 0.0
+        self.created = False
+        """The store said that it has created the writer's object."""
 
 
 class Archiver:
@@ -85,7 +93,8 @@ class Archiver:
         self._env = setting.env.name
         self._feed = setting.env.feed
         self._folder = segments_dir(setting.home, self._env, date)
-        self._local = self._folder
+        self._local = self._folder / str(os.getpid())
+        self._delay_s = RETRY_MIN_S
         self._channels: dict[str, Channel] = {}
         self._book = DayBook(self._env, stores.journal, stores.cache, setting.clock, f"capture:{COMPONENT}")
         self._consumer: RawConsumer | None = None
@@ -101,46 +110,75 @@ class Archiver:
         self._heartbeat = Heartbeat(stores.cache, date, COMPONENT, epoch, self._status)
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Archive until `stop`; what is in no segment by then is built again from the stream by the next archiver."""
-        self._make_folder()
+        """Archive until `stop`; what is in no segment by then is built again from the stream by the next archiver.
+
+        Raises `RefusedError` once another attempt holds the day; whatever else is in the way is waited for.
+        """
         subject = control_subject(self._env, COMPONENT, self._date)
         service = await serve(self._stores.nc, subject, self._answer)
         background = [asyncio.create_task(self._heartbeat.run()), asyncio.create_task(self._write_stats())]
         try:
             while not stop.is_set():
-                with contextlib.suppress(_WorkOutAgainError):
+                try:
+                    self._make_folder()
                     await self._work_out()
                     await self._archive(stop)
+                except _WorkOutAgainError:
+                    continue
+                except RefusedError as error:
+                    self._state, self._error = "failed", str(error)
+                    raise
+                except (SsmdError, OSError) as error:
+                    await self._stand_still(error, stop)
             self._state = "stopped"
-        except SsmdError as error:
-            self._state, self._error = "failed", str(error)
-            self._exit_code = None if error.transient else int(error.exit_code)
-            raise
         finally:
-            for channel in self._channels.values():
-                if channel.writer is not None:
-                    channel.writer.discard()
-            shutil.rmtree(self._local)
+            self._discard_all()
             await cancel(*background)
             await service.unsubscribe()
             await self._heartbeat.beat()
 
+    async def _stand_still(self, error: SsmdError | OSError, stop: asyncio.Event) -> None:
+        """Say what is in the way and wait; the next attempt begins after twice the time."""
+        told = _of_disk(error, self._folder) if isinstance(error, OSError) else error
+        self._state, self._error = "error", str(told)
+        self._exit_code = None if told.transient else int(told.exit_code)
+        _log.error("%s; trying again in %.1f s", told, self._delay_s)
+        self._discard_all()
+        await self._heartbeat.beat()
+        await wait_any(stop.wait(), timeout_s=self._delay_s)
+        self._delay_s = min(self._delay_s * 2, RETRY_MAX_S)
+
+    def _go_on(self) -> None:
+        self._state, self._error, self._exit_code = "archiving", None, None
+
+    def _discard_all(self) -> None:
+        """Remove every local file; a disk that fails here has been told of already, or is seen by the next attempt."""
+        for channel in self._channels.values():
+            if channel.writer is not None:
+                channel.writer.discard()
+                channel.writer = None
+        shutil.rmtree(self._local, ignore_errors=True)
+
     def _make_folder(self) -> None:
-        """Make a folder for this process alone, and remove what killed ones left: segments that are built again anyway."""
+        """Make a folder for this process alone and see that it takes something; remove what killed ones left.
+
+        That is segments that are built again anyway.
+        """
+        self._discard_all()
         self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         for left in self._folder.glob("*-*/"):
             pid = left.name.split("-")[0]
             if not (pid.isdigit() and psutil.pid_exists(int(pid))):
                 shutil.rmtree(left)
         self._local = Path(tempfile.mkdtemp(prefix=f"{os.getpid()}-", dir=self._folder))
+        probe = self._local / "probe"
+        probe.write_bytes(bytes(PROBE_BYTES))
+        probe.unlink()
 
     async def _work_out(self) -> None:
         """Learn from the footers of the day's segments what is archived, and start from nothing else."""
-        for channel in self._channels.values():
-            if channel.writer is not None:
-                channel.writer.discard()
         self._channels = {name: Channel() for name in FILE_OF_CHANNEL}
-        self._messages, self._bytes, self._by_channel = 0, 0, {}
+        self._messages, self._bytes, self._by_channel, self._passed_over = 0, 0, {}, 0
         segments = sorted(
             (*parsed, info.key)
             for info in await self._stores.raw.list(day_prefix(self._feed, self._date))
@@ -167,7 +205,7 @@ class Archiver:
             self._flush_wanted.set()
         async with self._stores.raw_stream.consume(self._date) as consumer:
             self._consumer = consumer
-            self._state = "archiving"
+            self._go_on()
             await self._heartbeat.beat()
             try:
                 while not stop.is_set():
@@ -210,10 +248,15 @@ class Archiver:
     async def _take(self, message: RawBatch) -> None:
         """Put one batch into its channel's open segment, unless it is archived already."""
         batch = read_last(message.data)
-        if not isinstance(batch, Batch) or batch.start != 0 or batch.header.channel not in self._channels:
+        if not isinstance(batch, Batch) or batch.start != 0:
             self._pass_over(message, "is no batch")
             return
         header = batch.header
+        if (header.env, header.day, header.channel) != (self._env, message.date, message.id.channel) or (
+            header.channel not in self._channels or (header.conn, header.batch) != (message.id.conn, message.id.batch)
+        ):
+            self._pass_over(message, f"holds {header.env} {header.day} {header.conn}/{header.channel}/{header.batch}")
+            return
         channel = self._channels[header.channel]
         if in_ranges(channel.stored, header.conn, header.batch):
             return
@@ -235,11 +278,13 @@ class Archiver:
             )
         if in_ranges(channel.writer.ranges, header.conn, header.batch):
             return
+        reached("archiver.append.before")
         try:
             channel.writer.append(message.data, batch)
         except BatchDamagedError as error:
             self._pass_over(message, error.what)
             return
+        reached("archiver.append.after")
         self._count(header.channel, header.records, header.bytes, header.recv_last_ns)
 
     def _pass_over(self, message: RawBatch, reason: str) -> None:
@@ -259,37 +304,57 @@ class Archiver:
         """Close the open segment and create it in the store, for as long as it takes."""
         writer = channel.writer
         assert writer is not None
-        await self._check_epoch()
+        reached("archiver.close.before")
         footer = await asyncio.to_thread(writer.close, self._epoch)
+        reached("archiver.close.after")
         key = segment_key(self._feed, self._date, name, writer.number)
-        delay_s = RETRY_MIN_S
         while True:
             try:
-                await self._stores.raw.create(key, writer.path)
+                await self._check_epoch()
+                await self._put(key, channel, writer)
                 break
-            except ObjectExistsError:
-                if await sha256_of(self._stores.raw, key) == writer.sha256:
-                    break  # a put whose answer was lost
-                _log.warning("%s was created by another archiver; working out again what is missing", key)
-                raise _WorkOutAgainError from None
+            except RefusedError:
+                raise
             except SsmdError as error:
-                if not error.transient:
-                    raise
-                self._error = str(error)
-                _log.warning("%s; trying again in %.1f s", error, delay_s)
-                await wait_any(stop.wait(), timeout_s=delay_s)
+                # The file is whole: only the store is asked again, not everything.
+                self._state, self._error = "error", str(error)
+                self._exit_code = None if error.transient else int(error.exit_code)
+                _log.error("%s; trying again in %.1f s", error, self._delay_s)
+                await wait_any(stop.wait(), timeout_s=self._delay_s)
                 if stop.is_set():
                     raise
-                delay_s = min(delay_s * 2, RETRY_MAX_S)
-        self._error = None
+                self._delay_s = min(self._delay_s * 2, RETRY_MAX_S)
+        self._go_on()
+        self._delay_s = RETRY_MIN_S
+        reached("archiver.stored.before")
         for conn, ranges in footer.ranges.items():
             for first, last in ranges:
                 add_range(channel.stored, conn, first, last)
         channel.next_number += 1
-        channel.last_sha256 = writer.sha256
-        channel.writer = None
+        channel.last_key, channel.last_sha256 = key, writer.sha256
+        channel.writer, channel.created = None, False
         writer.path.unlink()
+        reached("archiver.stored.after")
         _log.info("archived %s: %d records in %d bytes", key, footer.records, writer.size_bytes)
+
+    async def _put(self, key: str, channel: Channel, writer: SegmentWriter) -> None:
+        """Create a segment's object and read it back; return once the store is seen to hold exactly this segment."""
+        try:
+            await self._stores.raw.create(key, writer.path)
+            channel.created = True
+        except ObjectExistsError:
+            pass  # whose it is, the comparison says; a put of ours whose answer was lost is as good as any
+        reached("archiver.put.after")
+        if await sha256_of(self._stores.raw, key) == writer.sha256:
+            return
+        if channel.created:
+            raise StorageError(
+                "the store does not give back what was put",
+                where=self._stores.raw.url(key),
+                do="Move that object away; the archiver then puts it again.",
+            )
+        _log.warning("%s was created by another archiver; working out again what is missing", key)
+        raise _WorkOutAgainError
 
     async def _check_epoch(self) -> None:
         """Refuse to extend a channel in an epoch that is not, or no longer, the day's."""
@@ -339,6 +404,14 @@ class Archiver:
             "passed_over": self._passed_over,
             "messages": self._messages,
         }
+
+
+def _of_disk(error: OSError, folder: Path) -> StorageError:
+    return StorageError(
+        f"the local disk takes nothing: {error.strerror or error}",
+        where=str(error.filename or folder),
+        do="Make room; the archiver goes on by itself.",
+    )
 
 
 async def sha256_of(store: ObjectStore, key: str) -> str:

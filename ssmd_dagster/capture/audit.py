@@ -3,9 +3,9 @@
     python -m ssmd_dagster.capture.audit ENV DATE
 
 Runs once after the connectors have stopped, whether they stopped by themselves or were killed. It writes the notes that a
-killed connector owes, tells the journal of gaps that no connector came to tell it of, compares the sets of batches in spool
-and stream and publishes what is missing, and appends a final `checkpoint` with the counts per connection and channel. Running
-it twice changes nothing.
+killed connector owes, tells the journal of gaps that no connector came to tell it of and of those that a second socket has
+healed, compares the sets of batches in spool and stream and publishes what is missing, and appends a final `checkpoint` with
+the counts per connection and channel. Running it twice changes nothing.
 """
 
 from __future__ import annotations
@@ -25,11 +25,14 @@ from ssmd_dagster.archive.intervals import (
     intervals_in,
     ordinals_of,
 )
+from ssmd_dagster.archive.numbering import Numberings
 from ssmd_dagster.archive.records import note_line, parse_record
-from ssmd_dagster.capture.gaps import gaps_between, tell
+from ssmd_dagster.capture.gaps import GapEvent, gaps_between, life_of, noted_gaps, tell
+from ssmd_dagster.capture.healing import healed
 from ssmd_dagster.capture.pipeline import IN_FLIGHT
 from ssmd_dagster.capture.process import connected, run
 from ssmd_dagster.capture.recorder import Origin, Unsealed, seal
+from ssmd_dagster.capture.sequence import gap_id_of
 from ssmd_dagster.capture.setting import Setting, load_setting
 from ssmd_dagster.capture.spool import (
     append_to_spool,
@@ -39,7 +42,7 @@ from ssmd_dagster.capture.spool import (
     spooled_connections,
     spooled_records,
 )
-from ssmd_dagster.day.payloads import ChannelCount, Checkpoint
+from ssmd_dagster.day.payloads import ChannelCount, Checkpoint, GapClosed, GapOpened
 from ssmd_dagster.day.states import EventName
 from ssmd_dagster.environments.home import spool_dir
 from ssmd_dagster.errors import ExitCode, SsmdError
@@ -187,13 +190,54 @@ async def republish(stores: Stores, directory: Path, date: str) -> int:
     )
 
 
+def undeclared_holes(directory: Path, conn: str) -> list[GapEvent]:
+    """Return a gap for every hole in a connection's numbers, as its connector would have declared it had it lived on."""
+    path = spool_path(directory, conn)
+    numbers = Numberings()
+    for batch, encoded in read_spool(path):
+        if batch.header.seq:
+            numbers.feed(batch.header, spooled_records(encoded, batch))
+    events: list[GapEvent] = []
+    for count in numbers.counts():
+        for first, last in count.holes:
+            from_ns, to_ns = _time_around(path, str(count.sid), first, last)
+            gap_id = gap_id_of(conn, count.sid, first)
+            scope = {"conn": conn, "sid": count.sid, "component": f"connector-{shard_of(conn)}"}
+            gap = GapOpened(gap_id=gap_id, cause="sequence_jump", from_ns=from_ns, scope=scope)
+            end = GapClosed(gap_id=gap_id, to_ns=to_ns, outcome="stays")
+            events += [(EventName.GAP_OPENED, gap), (EventName.GAP_CLOSED, end)]
+    return events
+
+
+def _time_around(path: Path, sid: str, first: int, last: int) -> tuple[int, int]:
+    """Return an interval that holds the frames on both sides of a hole."""
+    from_ns, to_ns = 0, 2**63 - 1
+    for batch, _encoded in read_spool(path):
+        low, high, _ = batch.header.seq.get(sid, (first, last, 0))
+        if low < first:
+            from_ns = max(from_ns, batch.header.recv_first_ns)
+        if high > last:
+            to_ns = min(to_ns, batch.header.recv_last_ns)
+    return min(from_ns, to_ns), to_ns
+
+
 async def declare_gaps(directory: Path, book: DayBook, date: str) -> int:
-    """Tell the journal of every interval without a connection that it has not been told of; return how many these were."""
+    """Tell the journal of every gap that it has not been told of, and what healed which; return how many events these were."""
     declared = 0
+    for event, data in noted_gaps(directory):
+        declared += await tell(book, date, event, data)
+    for conn in spooled_connections(directory):
+        if (life := life_of(directory, conn)) is not None and life.cause == "process_crash":
+            for event, data in undeclared_holes(directory, conn):
+                declared += await tell(book, date, event, data)
     for shard in sorted({shard_of(conn) for conn in spooled_connections(directory)}):
         for lost in gaps_between(directory, shard):
             for event, data in lost.events(f"connector-{shard}"):
                 declared += await tell(book, date, event, data)
+    lives = [life for conn in spooled_connections(directory) if (life := life_of(directory, conn)) is not None]
+    day = await book.day(date)
+    for end in healed(day.gaps if day is not None else (), lives):
+        declared += await tell(book, date, EventName.GAP_CLOSED, end)
     return declared
 
 

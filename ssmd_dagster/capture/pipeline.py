@@ -20,14 +20,15 @@ import msgspec
 from ssmd_dagster.archive.batch import Batch, scan
 from ssmd_dagster.capture.recorder import Flush, Origin, seal
 from ssmd_dagster.capture.spool import SpoolWriter, spool_path
+from ssmd_dagster.crash_points import reached
 from ssmd_dagster.errors import SsmdError
 from ssmd_dagster.stores.stream import BatchTooLargeError
 
 IN_FLIGHT = 32
 """Batches published and not acknowledged yet, at most."""
-HELD_BYTES = 32 << 20
+HELD_BYTES = 8 << 20
 """Encoded batches kept in memory while they wait for their acknowledgement; the rest is read from the spool again."""
-SEAL_BYTES = 8 << 20
+SEAL_BYTES = 4 << 20
 """Records that are sealed and written together, about."""
 READ_BYTES = 4 << 20
 """How much is read from the spool again at once."""
@@ -180,6 +181,7 @@ class Pipeline:
         if self._spool is None:
             self._spool = SpoolWriter(self._directory, self.origin.conn)
         encoded = [seal(self.origin, unsealed) for unsealed in flush]
+        reached("connector.spool.before")
         offsets = self._spool.append(encoded)
         return [
             SealedBatch(unsealed.channel, unsealed.batch, unsealed.records, offset, data)
@@ -226,6 +228,7 @@ class Pipeline:
             except asyncio.CancelledError:
                 await _abandon(window)
                 raise
+            reached("connector.acked.before")
             window.popleft()
             done = self._held.popleft()
             self._held_bytes -= len(done.data)

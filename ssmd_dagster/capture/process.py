@@ -10,7 +10,7 @@ import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine
-from typing import Any
+from typing import Any, TypeVar
 
 import uvloop
 
@@ -24,6 +24,7 @@ HEARTBEAT_EVERY_S = 1.0
 CANCEL_AGAIN_AFTER_S = 0.5
 
 _log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @contextlib.asynccontextmanager
@@ -124,3 +125,13 @@ async def wait_any(*waits: Coroutine[Any, Any, Any], timeout_s: float | None = N
         await asyncio.wait(tasks, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
     finally:
         await cancel(*tasks)
+
+
+async def unless_stopped(stop: asyncio.Event, work: Coroutine[Any, Any, T]) -> T | None:
+    """Return what `work` returns, or None, with `work` cancelled, once `stop` is set."""
+    task, stopped = asyncio.ensure_future(work), asyncio.ensure_future(stop.wait())
+    try:
+        await asyncio.wait([task, stopped], return_when=asyncio.FIRST_COMPLETED)
+        return task.result() if task.done() else None
+    finally:
+        await cancel(task, stopped)

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import sys
+from collections.abc import Mapping
+from datetime import date as Date  # noqa: N812 - `date` is the contract's word for the written form
+from typing import Any
 
 from ssmd_dagster.capture.setting import Setting
 from ssmd_dagster.capture.supervisor import Program
+from ssmd_dagster.day.payloads import Mode
 from ssmd_dagster.environments.home import exchanges_dir
 from ssmd_dagster.environments.models import Environment
 
 ARCHIVER = "archiver"
+REPLAYER = "replayer"
 LIVE = "live"
 """Stands for the date in the heartbeat of what outlives days: the gateway."""
+_SHARE = 0.9
+"""How full the shards are when all markets are there: a hash spreads them evenly, but not exactly."""
 
 
 def day_group(env: str, date: str) -> str:
@@ -19,14 +27,51 @@ def day_group(env: str, date: str) -> str:
     return f"{env}-{date}"
 
 
+def shard_count(env: Environment) -> int:
+    """Return over how many sockets the markets are spread: by configuration alone, so that whoever asks gets one answer.
+
+    One where all of `capture.markets.max` fit into the feed's `max_symbols_per_connection`; else enough of them that none
+    is full when the markets are spread a little unevenly.
+    """
+    most, per_connection = env.capture.markets.max, _per_connection(env)
+    return 1 if most <= per_connection else math.ceil(most / (_SHARE * per_connection))
+
+
+def markets_per_shard(env: Environment) -> int:
+    """Return how many markets one shard takes up at most."""
+    return min(env.capture.markets.max, _per_connection(env))
+
+
+def _per_connection(env: Environment) -> int:
+    return env.feed_version(Date.max).max_symbols_per_connection
+
+
+def shard_number(shard: str) -> int:
+    """Return which share of the markets a shard records: 1 for `a` and `b`, 2 for `a2` and `b2`."""
+    return int(shard[1:] or 1)
+
+
 def connector_names(env: Environment) -> tuple[str, ...]:
-    """Return the components that record: one, or two with `connections: 2`."""
-    return tuple(f"connector-{shard}" for shard in "ab"[: env.capture.connections])
+    """Return the components that record: one per shard, and as many again with `connections: 2`."""
+    return tuple(
+        f"connector-{replica}{number if number > 1 else ''}"
+        for replica in "ab"[: env.capture.connections]
+        for number in range(1, shard_count(env) + 1)
+    )
 
 
-def day_components(env: Environment) -> tuple[str, ...]:
-    """Return every component that a running day must hear from."""
-    return (*connector_names(env), ARCHIVER)
+def markets_subscribed(env: Environment, beats: Mapping[str, Mapping[str, Any]]) -> int:
+    """Return over how many markets the connectors' heartbeats say that they record; what two record counts once."""
+    of_replica: dict[str, int] = {}
+    for name in connector_names(env):
+        replica = name.removeprefix("connector-")[0]
+        of_replica[replica] = of_replica.get(replica, 0) + int(beats.get(name, {}).get("markets", 0))
+    return max(of_replica.values(), default=0)
+
+
+def day_components(env: Environment, mode: Mode = "live") -> tuple[str, ...]:
+    """Return every component that a running day must hear from; a replay's fetcher ends before the day is ACTIVE."""
+    return (*connector_names(env), ARCHIVER) if mode == "live" else (ARCHIVER,)
 
 
 def day_programs(setting: Setting, date: str) -> list[Program]:
@@ -37,6 +82,13 @@ def day_programs(setting: Setting, date: str) -> list[Program]:
         for component in connector_names(setting.env)
     ]
     return [*connectors, _python(ARCHIVER, "archiver", name, date)]
+
+
+def replay_programs(setting: Setting, date: str, share: int = 1) -> list[Program]:
+    """Return the programs of a day that is replayed, of `share` at once: who fetches it, and its archiver."""
+    name = setting.env.name
+    replayer = _python(REPLAYER, REPLAYER, name, date, str(share))
+    return [replayer, _python(ARCHIVER, "archiver", name, date)]
 
 
 def audit_program(setting: Setting, date: str) -> Program:
@@ -54,5 +106,6 @@ def _python(name: str, module: str, *arguments: str) -> Program:
         name=name,
         command=(sys.executable, "-m", f"ssmd_dagster.capture.{module}", *arguments),
         # Always said, so that the program is the same whoever asks for it: another one would replace it.
-        environment={"SSMD_EXCHANGES": str(exchanges_dir())},
+        # Blocks that one thread allocates and another frees stay in glibc's arenas: few arenas, little memory.
+        environment={"SSMD_EXCHANGES": str(exchanges_dir()), "MALLOC_ARENA_MAX": "2"},
     )

@@ -15,7 +15,7 @@ from pathlib import Path
 from ssmd_dagster.archive.batch import Batch, decode_records, scan, scan_back
 
 _SUFFIX = ".batches"
-_CONN = re.compile(r"(?P<epoch>\d+)-(?P<shard>[a-z]+)-(?P<number>\d+)")
+_CONN = re.compile(r"(?P<epoch>\d+)-(?P<shard>[a-z]+[0-9]*)-(?P<number>\d+)")
 
 
 def spool_path(directory: Path, conn: str) -> Path:

@@ -360,6 +360,8 @@ def _simulator_part(environment: Environment, home: Path, stack: EmbeddedStack, 
         markets=settings.markets,
         rate=settings.rate_per_second,
         pauses=settings.pauses,
+        trades_per_day=settings.trades_per_day,
+        reads_per_second=settings.reads_per_second,
     )
     return _Part(
         program=Program(
@@ -393,8 +395,9 @@ def _code_server(home: Path, exchanges: Path, stack: EmbeddedStack, module: str)
     port = stack.ports["dagster-code"]
     # Not `_PYTHON`: while it loads the module Dagster takes the first entry of the path for the script's folder.
     command = (
-        *(sys.executable, "-m", "dagster", "api", "grpc", "-h", HOST, "-p", str(port), "-m", module),
-        *("--location-name", CODE_LOCATION, "--lazy-load-user-code", "--use-python-environment-entry-point"),
+        # `code-server start`, not `api grpc`: it loads the module anew when the location is reloaded in the UI.
+        *(sys.executable, "-m", "dagster", "code-server", "start", "-h", HOST, "-p", str(port), "-m", module),
+        *("--location-name", CODE_LOCATION, "--use-python-environment-entry-point"),
         *("--working-directory", str(project_dir()), "--log-level", "warning"),
     )
     return _Part(

@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import click
+import msgspec
 
 from ssmd_dagster.capture.setting import load_setting
+from ssmd_dagster.cli.backfill import backfill_command
 from ssmd_dagster.cli.desk import default_env, env_argument, json_option, with_desk
+from ssmd_dagster.cli.events import events_command
 from ssmd_dagster.cli.output import (
     duration,
     mark,
     message,
+    paused_text,
+    plain_pause,
     print_json,
     rfc3339,
     thousands,
     time_of_day,
     to_the_minute,
 )
+from ssmd_dagster.cli.report import report_command
 from ssmd_dagster.day.calendar import parse_date
-from ssmd_dagster.day.events import TradingDay
+from ssmd_dagster.day.events import Paused, TradingDay
+from ssmd_dagster.day.ledger import Ledger
 from ssmd_dagster.day.states import DayState
-from ssmd_dagster.errors import ExitCode, RefusedError
+from ssmd_dagster.errors import ExitCode, RefusedError, UnreachableError, UsageError
+from ssmd_dagster.stores.objects import open_object_stores
 from ssmd_dagster.workflows.attempt import Attempt, Options
 from ssmd_dagster.workflows.desk import Desk, Progress
 from ssmd_dagster.workflows.end import END
@@ -30,13 +40,19 @@ from ssmd_dagster.workflows.rebuild import rebuild
 from ssmd_dagster.workflows.recover import recovery_of
 from ssmd_dagster.workflows.roll import dates_to_roll, roll
 from ssmd_dagster.workflows.start import START
+from ssmd_dagster.workflows.verify_sealed import Verification, verify_sealed, verify_store
 from ssmd_dagster.workflows.views import DayView, history, ledger_of, show, status
+
+if TYPE_CHECKING:
+    from ssmd_dagster.workflows.normalize import Normalised
 
 _date_option = click.option(
     "--date", metavar="YYYY-MM-DD", help="Trading day, in the environment's timezone. Default: the current one."
 )
 _reason_option = click.option("--reason", help="Why; kept in the journal.")
 
+GAPS_SHOWN = 20
+FAULTS_SHOWN = 20
 HISTORY_COLUMNS = (("DATE", 12), ("STATE", 10), ("START", 19), ("END", 20), ("MSGS", 11), ("GAPS", 0))
 
 
@@ -45,15 +61,24 @@ def day_group() -> None:
     """Start, end, roll and look at trading days."""
 
 
+day_group.add_command(backfill_command)
+day_group.add_command(events_command)
+day_group.add_command(report_command)
+
+
 @day_group.command("status")
 @env_argument
 @_date_option
 @json_option
 def status_command(env: str, date: str | None, as_json: bool) -> None:
     """Show the current trading day and how its processes fare."""
-    view = with_desk(env, lambda desk: status(desk, _checked_date(date)))
+
+    async def body(desk: Desk) -> tuple[DayView, Paused | None]:
+        return await status(desk, _checked_date(date)), desk.book.book.paused
+
+    view, paused = with_desk(env, body)
     if as_json:
-        print_json(view.to_json(env))
+        print_json({**view.to_json(env), "paused": plain_pause(paused)})
         return
     click.echo(f"Environment: {env}")
     click.echo(f"Trading Day: {view.day.date}")
@@ -66,16 +91,38 @@ def status_command(env: str, date: str | None, as_json: bool) -> None:
     if view.error:
         click.echo(f"Error: {view.error}")
         _print_next_command(env, view)
+    if paused is not None:
+        click.echo(f"Schedules: {paused_text(paused)}; ssmd env resume {env}")
 
 
 @day_group.command("start")
 @env_argument
 @_date_option
 @click.option("--mode", type=click.Choice(["live", "replay"]), help="Default: live while the day's window is open.")
+@click.option(
+    "--from",
+    "source",
+    type=click.Choice(["exchange", "archive"]),
+    default="exchange",
+    show_default=True,
+    help="Of a replay: fetch the day from the exchange's history, or make the tables of a recorded day again.",
+)
+@click.option("--speed", type=float, help="Play a recorded day through the gateway: not built in this version.")
 @_reason_option
 @json_option
-def start_command(env: str, date: str | None, mode: str | None, reason: str | None, as_json: bool) -> int:
-    """Start a trading day: sync, connect, and see that data flows."""
+def start_command(
+    env: str, date: str | None, mode: str | None, source: str, speed: float | None, reason: str | None, as_json: bool
+) -> int:
+    """Start a trading day: sync, connect, and see that data flows. A day that is over is replayed."""
+    if speed is not None:
+        raise UsageError(
+            "--speed: a recorded day cannot be played through the gateway in this version",
+            do=f"`ssmd day start {env} --date DATE --mode replay --from archive` makes its tables again.",
+        )
+    if source == "archive":
+        if date is None or mode == "live":
+            raise UsageError("--from archive makes the tables of a recorded day again", do="It wants --date, not live.")
+        return _normalize(env, str(_checked_date(date)), as_json)
     printer = _Printer(as_json)
 
     async def body(desk: Desk) -> tuple[Attempt, TradingDay]:
@@ -184,18 +231,115 @@ def history_command(env: str, limit: int, as_json: bool) -> None:
 @day_group.command("show")
 @click.argument("words", metavar="[ENV] DATE", nargs=-1, required=True)
 @click.pass_context
+@click.option("--all", "every_gap", is_flag=True, help="List every gap, however many there are.")
 @json_option
-def show_command(ctx: click.Context, words: tuple[str, ...], as_json: bool) -> None:
+def show_command(ctx: click.Context, words: tuple[str, ...], every_gap: bool, as_json: bool) -> None:
     """Show one trading day: times, counts, gaps, condition, ledger, and where its files are."""
-    if len(words) > 2:
-        raise click.UsageError("expected [ENV] DATE", ctx)
-    date = parse_date(words[-1]).isoformat()
-    env = words[0] if len(words) == 2 else default_env()
+    env, date = _env_and_date(ctx, words)
     view = with_desk(env, lambda desk: show(desk, date))
     if as_json:
         print_json(view.to_json(env))
         return
-    print_day(env, view)
+    print_day(env, view, None if every_gap else GAPS_SHOWN)
+
+
+@day_group.command("verify")
+@click.argument("words", metavar="[ENV] DATE", nargs=-1, required=True)
+@click.pass_context
+@click.option("--store-only", is_flag=True, help="Ask neither NATS nor Redis: the manifest and the files alone.")
+@json_option
+def verify_command(ctx: click.Context, words: tuple[str, ...], store_only: bool, as_json: bool) -> int:
+    """Prove again that a COMPLETE day's files are what was sealed; a forced day is verified and sealed by it."""
+    env, date = _env_and_date(ctx, words)
+    printer = _Printer(as_json)
+    printer.line(f"Verifying trading day {date}...")
+
+    def tell(text: str) -> None:
+        message(f"    {text}")
+
+    found = None
+    if not store_only:
+        try:
+            found = with_desk(env, lambda desk: verify_sealed(desk, date, tell))
+        except UnreachableError as error:
+            message(f"{error.what} ({error.where}): verifying from the store alone")
+    if found is None:
+        found = asyncio.run(_verify_store(env, date, tell))
+    if as_json:
+        print_json(msgspec.to_builtins(found))
+    else:
+        print_verification(found)
+    if found.faults:
+        return int(ExitCode.UNEXPLAINED)
+    return int(ExitCode.DEGRADED if found.condition in ("degraded", "missing") else ExitCode.OK)
+
+
+async def _verify_store(env: str, date: str, tell: Callable[[str], None]) -> Verification:
+    setting = load_setting(env)
+    raw, normalized = open_object_stores(setting.env, setting.home, setting.secrets)
+    return await verify_store(setting.env, raw, normalized, date, tell)
+
+
+def print_verification(found: Verification) -> None:
+    """Print what was looked at and every fault, at most `FAULTS_SHOWN`."""
+    for name, count in found.examined.items():
+        click.echo(f"  {name:<12}{thousands(count):>14}")
+    if not found.journal:
+        click.echo("  The journal and the stream were not asked")
+    for fault in found.faults[:FAULTS_SHOWN]:
+        click.echo(f"  {mark(False, sys.stdout)} {fault}")
+    if len(found.faults) > FAULTS_SHOWN:
+        click.echo(f"  and {thousands(len(found.faults) - FAULTS_SHOWN)} more; --json has all of them")
+    changed = " now" if found.changed else ""
+    proved = "is not what was sealed" if found.faults else "is what was sealed"
+    click.echo(f"Trading day {found.date} {proved}; its condition is{changed} {found.condition}")
+    for reason in found.condition_reasons:
+        click.echo(f"  - {reason}")
+
+
+def _env_and_date(ctx: click.Context, words: tuple[str, ...]) -> tuple[str, str]:
+    if len(words) > 2:
+        raise click.UsageError("expected [ENV] DATE", ctx)
+    return words[0] if len(words) == 2 else default_env(), parse_date(words[-1]).isoformat()
+
+
+@day_group.command("normalize")
+@env_argument
+@click.option("--date", required=True, metavar="YYYY-MM-DD", help="Trading day, in the environment's timezone.")
+@json_option
+def normalize_command(env: str, date: str, as_json: bool) -> int:
+    """Make a COMPLETE day's tables again; what differs from those there are becomes the next revision."""
+    return _normalize(env, str(_checked_date(date)), as_json)
+
+
+def _normalize(env: str, wanted: str, as_json: bool) -> int:
+    from ssmd_dagster.workflows.normalize import normalise_again  # loads pyarrow, which other commands have no use for
+
+    def tell(text: str) -> None:
+        message(f"    {text}")
+
+    found = with_desk(env, lambda desk: normalise_again(desk, wanted, told=tell))
+    if as_json:
+        print_json({"environment": env, "date": wanted, **msgspec.to_builtins(found), "rows": found.rows()})
+    else:
+        print_normalised(wanted, found)
+    return int(ExitCode.DEGRADED if found.damaged else ExitCode.OK)
+
+
+def print_normalised(date: str, found: Normalised) -> None:
+    """Print the rows of each table, what was not understood, and what is new against the revision before."""
+    click.echo(f"Trading day {date}: tables of revision {found.revision}{', there already' if found.already else ''}")
+    for table, rows in found.rows().items():
+        change = found.differences.get(table)
+        news = f"  +{change.added} -{change.removed} ~{change.changed}" if change is not None else ""
+        click.echo(f"  {table:<16}{thousands(rows):>14}{news}")
+    for channel, filing in found.filings.items():
+        for reason, count in filing.rejected.items():
+            click.echo(f"  rejected: {channel}: {thousands(count)} {reason}")
+    for batch in found.damaged:
+        click.echo(f"  damaged: {batch}")
+    for one in found.drift:
+        click.echo(f"  unknown {one.kind}: {one.name} {one.json_type} ({thousands(one.count)}), such as {one.example}")
 
 
 @day_group.command("rebuild")
@@ -226,8 +370,8 @@ def print_history(views: list[DayView]) -> None:
         click.echo(_row(cells))
 
 
-def print_day(env: str, view: DayView) -> None:
-    """Print everything that is known of one day."""
+def print_day(env: str, view: DayView, gaps_shown: int | None = None) -> None:
+    """Print everything that is known of one day, the first `gaps_shown` gaps one by one."""
     day = view.day
     click.echo(f"Trading Day: {day.date}")
     click.echo(f"Environment: {env}")
@@ -242,10 +386,13 @@ def print_day(env: str, view: DayView) -> None:
         click.echo(f"Duration: {duration((day.ended_ns or view.at_ns) - day.started_ns)}")
     click.echo(f"Messages: {thousands(view.messages)}")
     click.echo(f"Gaps: {view.gaps}")
-    for gap in day.gaps:
+    for gap in day.gaps[:gaps_shown]:
         until = time_of_day(gap.to_ns) if gap.to_ns is not None else "now"
         outcome = f", {gap.outcome}" if gap.outcome in ("healed", "repaired") else ""
-        click.echo(f"  - {time_of_day(gap.from_ns)} - {until} ({gap.cause}{outcome})")
+        detail = f", {gap.detail}" if gap.detail is not None else ""
+        click.echo(f"  - {time_of_day(gap.from_ns)} - {until} ({gap.cause}{outcome}{detail})")
+    if gaps_shown is not None and len(day.gaps) > gaps_shown:
+        click.echo(f"  and {thousands(len(day.gaps) - gaps_shown)} more; --all lists them")
     if day.archive_url is not None:
         click.echo(f"Archive: {day.archive_url}")
     if day.condition is not None:
@@ -254,12 +401,7 @@ def print_day(env: str, view: DayView) -> None:
             click.echo(f"  - {reason}")
     ledger = ledger_of(day)
     if ledger is not None:
-        click.echo("Ledger:")
-        names = ("received", "spooled", "published", "archived")
-        click.echo(f"  {'':<20}" + "".join(f"{name:>12}" for name in names))
-        for sheet in ledger.channels:
-            counts = [getattr(sheet, name) for name in names]
-            click.echo(f"  {sheet.channel:<20}" + "".join(f"{_count(count):>12}" for count in counts))
+        print_ledger(ledger)
         if missing := ledger.not_computed_briefly():
             click.echo(f"  not computed: {', '.join(missing)}")
     if view.error:
@@ -267,6 +409,28 @@ def print_day(env: str, view: DayView) -> None:
         if day.failed_step:
             click.echo(f"Failed Step: {day.failed_step}")
         _print_next_command(env, view)
+
+
+def print_ledger(ledger: Ledger) -> None:
+    """Print the balance sheet: the channels' lines as two tables, then what stands beside them."""
+    click.echo("Ledger:")
+    for names in (
+        ("received", "spooled", "published", "archived"),
+        ("normalised", "duplicates", "control", "rejected_total", "other_day", "opening_fold"),
+    ):
+        if all(getattr(sheet, name) is None for sheet in ledger.channels for name in names):
+            continue
+        click.echo(f"  {'':<20}" + "".join(f"{name.removesuffix('_total'):>13}" for name in names))
+        for sheet in ledger.channels:
+            counts = [getattr(sheet, name) for name in names]
+            click.echo(f"  {sheet.channel:<20}" + "".join(f"{_count(count):>13}" for count in counts))
+    for part, lines in (("wire", ledger.wire), ("trades", ledger.trades), ("books", ledger.books)):
+        counts = [(name, getattr(lines, name)) for name in lines.__struct_fields__]
+        if any(count is not None for _, count in counts):
+            click.echo(f"  {part}: " + ", ".join(f"{name} {_count(count)}" for name, count in counts))
+    for difference in ledger.differences():
+        gaps = ", ".join(difference.explained_by[:FAULTS_SHOWN]) or "nothing"
+        click.echo(f"  difference: {difference.name} {difference.size:+,}, explained by {gaps}")
 
 
 def _count(count: int | None) -> str:

@@ -1,23 +1,30 @@
-"""`ssmd env`: what is configured, and whether it is right. Nothing is started and no server is asked.
+"""`ssmd env`: what is configured, whether it is right, and the switch that keeps schedules off an environment.
 
-Rules and the texts of faults are the loader's; credentials are named, never printed.
+Rules and the texts of faults are the loader's; credentials are named, never printed. `list` and `show` ask the journal only
+whether an environment is paused; servers that do not answer leave that unsaid.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import click
 
+from ssmd_dagster.capture.setting import load_setting
+from ssmd_dagster.cli.desk import actor, env_argument, json_option, with_desk
+from ssmd_dagster.cli.output import paused_text, plain_pause
+from ssmd_dagster.day.events import Paused
 from ssmd_dagster.environments.home import exchanges_dir, ssmd_home
 from ssmd_dagster.environments.loader import Fault, Registry, broken_configuration, load_registry
 from ssmd_dagster.environments.secrets import load_secrets
-from ssmd_dagster.errors import NotFoundError
+from ssmd_dagster.errors import NotFoundError, SsmdError
+from ssmd_dagster.workflows.desk import open_desk
+from ssmd_dagster.workflows.pause import pause, resume
 
 _COLUMNS = (("NAME", 24), ("ENABLED", 9), ("FEED", 12), ("TIMEZONE", 18), ("START", 7), ("END", 7), ("STATUS", 0))
-
-_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 @click.group("env")
@@ -26,18 +33,20 @@ def env_group() -> None:
 
 
 @env_group.command("list")
-@_json_option
+@json_option
 def list_command(as_json: bool) -> None:
     """List all environments."""
     registry = load_registry()
-    rows = [_summary(registry, name) for name in registry.names()]
+    enabled = [name for name, environment in registry.environments.items() if environment.enabled]
+    paused = paused_of(enabled)
+    rows = [{**_summary(registry, name), "paused": plain_pause(paused.get(name))} for name in registry.names()]
     if as_json:
         _print_json({"environments": rows})
     else:
         click.echo(_line([title for title, _ in _COLUMNS]))
         for row in rows:
             cells = [row["name"], row["enabled"], row["feed"], row["timezone"], row["day_start"], row["day_end"]]
-            status = f"{row['faults']} fault(s)" if row["faults"] else "ok"
+            status = f"{row['faults']} fault(s)" if row["faults"] else _status(paused.get(row["name"]))
             click.echo(_line([_cell(cell) for cell in cells] + [status]))
     if registry.faults:
         click.echo("Some files have faults; see: ssmd env validate", err=True)
@@ -45,7 +54,7 @@ def list_command(as_json: bool) -> None:
 
 @env_group.command("show")
 @click.argument("name", metavar="[ENV]", envvar="SSMD_ENV", default="kalshi-sim")
-@_json_option
+@json_option
 def show_command(name: str, as_json: bool) -> None:
     """Show one environment as it is understood, and which credentials it needs."""
     registry = load_registry()
@@ -63,6 +72,7 @@ def show_command(name: str, as_json: bool) -> None:
             for version in registry.feeds[environment.feed].versions
         ],
         "credentials": variables,
+        "paused": plain_pause(paused_of([name]).get(name)),
     }
     if as_json:
         _print_json(shown)
@@ -74,9 +84,35 @@ def show_command(name: str, as_json: bool) -> None:
         click.echo(f"credentials.{variable['credential']}: {variable['variable']} ({state})")
 
 
+@env_group.command("pause")
+@env_argument
+@click.option("--reason", help="Why; kept in the journal.")
+@json_option
+def pause_command(env: str, reason: str | None, as_json: bool) -> None:
+    """Keep schedules and sensors off an environment until it is resumed; what runs goes on, verbs by hand work."""
+    result = with_desk(env, lambda desk: pause(desk, reason))
+    if as_json:
+        _print_json({"environment": env, "already": result.already, "paused": plain_pause(result.paused)})
+    else:
+        click.echo(f"{env} is {_status(result.paused)}{' already' if result.already else ''}")
+
+
+@env_group.command("resume")
+@env_argument
+@click.option("--reason", help="Why; kept in the journal.")
+@json_option
+def resume_command(env: str, reason: str | None, as_json: bool) -> None:
+    """Let schedules and sensors act on an environment again."""
+    result = with_desk(env, lambda desk: resume(desk, reason))
+    if as_json:
+        _print_json({"environment": env, "already": result.already, "paused": None})
+    else:
+        click.echo(f"{env} is not paused" if result.already else f"{env} is resumed; it was {_status(result.paused)}")
+
+
 @env_group.command("validate")
 @click.argument("name", metavar="[ENV]", required=False)
-@_json_option
+@json_option
 def validate_command(name: str | None, as_json: bool) -> None:
     """Check all files, or those that one environment needs; one line per fault, exit code 8 if there is one."""
     registry = load_registry()
@@ -97,6 +133,26 @@ def validate_command(name: str | None, as_json: bool) -> None:
         raise broken_configuration(faults, where=name or str(exchanges_dir()))
     if not as_json:
         click.echo(f"{len(checked)} environment{'' if len(checked) == 1 else 's'} ok: {', '.join(checked)}")
+
+
+def paused_of(names: Sequence[str]) -> dict[str, Paused]:
+    """Return who has paused which of some environments, as far as their servers answer."""
+
+    async def one(name: str) -> Paused | None:
+        try:
+            async with open_desk(load_setting(name), actor()) as desk:
+                return (await desk.book.refresh()).paused
+        except SsmdError:
+            return None
+
+    async def every() -> list[Paused | None]:
+        return await asyncio.gather(*(one(name) for name in names))
+
+    return {name: found for name, found in zip(names, asyncio.run(every()), strict=True) if found is not None}
+
+
+def _status(paused: Paused | None) -> str:
+    return "ok" if paused is None else paused_text(paused)
 
 
 def _faults_of(registry: Registry, name: str) -> list[Fault]:

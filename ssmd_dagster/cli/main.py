@@ -30,6 +30,7 @@ _COMMANDS: dict[str, tuple[str, str]] = {
     "up": ("ssmd_dagster.cli.stack:up", "Start the embedded servers, the simulated exchange and Dagster."),
     "down": ("ssmd_dagster.cli.stack:down", "Stop everything that runs in this home."),
     "day": ("ssmd_dagster.cli.day:day_group", "Start, end, roll and look at trading days."),
+    "data": ("ssmd_dagster.cli.data:data_group", "Look at recorded days: inventory, gaps, coverage, books, exports."),
     "env": ("ssmd_dagster.cli.env:env_group", "Show and check the configured environments."),
     "sim": ("ssmd_dagster.simulator.main:sim_command", "Run a simulated exchange by itself, to test any recorder."),
     "secmaster": ("ssmd_dagster.cli.secmaster:secmaster_group", "Bring in and look at the list of markets."),

@@ -12,6 +12,8 @@ from typing import Any, TextIO
 
 import click
 
+from ssmd_dagster.day.events import Paused
+
 _NS_PER_S = 1_000_000_000
 
 
@@ -62,6 +64,18 @@ def rfc3339(at_ns: int) -> str:
 def to_the_minute(at_ns: int) -> str:
     """Return a UTC time as a table's column has it, `2025-12-14T00:10`."""
     return datetime.fromtimestamp(at_ns // _NS_PER_S, UTC).strftime("%Y-%m-%dT%H:%M")
+
+
+def paused_text(paused: Paused) -> str:
+    """Return who has paused an environment, since when and why."""
+    return f"paused by {paused.actor} since {rfc3339(paused.since_ns)}" + (
+        f": {paused.reason}" if paused.reason else ""
+    )
+
+
+def plain_pause(paused: Paused | None) -> dict[str, Any] | None:
+    """Return the same for JSON."""
+    return None if paused is None else {"by": paused.actor, "since_ns": paused.since_ns, "reason": paused.reason}
 
 
 def time_of_day(at_ns: int) -> str:

@@ -6,10 +6,12 @@ One pure function with a version, so that a verdict can be told from one under o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 
 import msgspec
 
+from ssmd_dagster.day.calendar import Window
 from ssmd_dagster.day.events import Gap
 from ssmd_dagster.day.ledger import Ledger
 from ssmd_dagster.day.payloads import ConditionValue, Mode
@@ -18,6 +20,9 @@ RULES_VERSION = 1
 
 NEVER_DEGRADE = frozenset({"exchange_maintenance", "closed_by_schedule"})
 """Causes of gaps in which there was nothing to record."""
+
+MAX_GAPS_NAMED = 20
+"""Gaps that are named one by one among the reasons; the others are counted by cause."""
 
 
 class Condition(msgspec.Struct, frozen=True, kw_only=True):
@@ -28,6 +33,13 @@ class Condition(msgspec.Struct, frozen=True, kw_only=True):
     rules_version: int = RULES_VERSION
 
 
+def gaps_within(gaps: Iterable[Gap], window: Window) -> tuple[Gap, ...]:
+    """Return the gaps that touch a day's window: its connectors also record some seconds before and after it."""
+    return tuple(
+        gap for gap in gaps if gap.from_ns < window.close_ns and (gap.to_ns is None or gap.to_ns > window.open_ns)
+    )
+
+
 def condition(
     *,
     ledger: Ledger | None,
@@ -36,6 +48,7 @@ def condition(
     source: Mode = "live",
     forced_by: str | None = None,
     late_rows: int = 0,
+    faults: int = 0,
 ) -> Condition:
     """Judge a day.
 
@@ -44,17 +57,22 @@ def condition(
 
     Args:
         ledger: None where no verification was done.
-        gaps: All gaps of the day.
+        gaps: The gaps within the day's window.
         archived_records: Records read back from the store, None if nobody looked.
         source: `replay` where the records are not those of the live socket.
         forced_by: Who skipped the verification.
         late_rows: Rows that arrived after the seal.
+        faults: Of a finished day: what a later verification found wrong with its files.
     """
     if archived_records == 0:
         return Condition(value="missing", reasons=("nothing archived",))
     against = _against(ledger, gaps, source, late_rows)
+    if faults:
+        against = (f"{faults} faults found by a later verification", *against)
     if forced_by is not None:
         return Condition(value="degraded", reasons=(f"forced by {forced_by}", *against))
+    if faults:
+        return Condition(value="degraded", reasons=against)
     if ledger is None:
         return Condition(value="pending", reasons=("not verified", *against))
     not_computed = ledger.not_computed_briefly()
@@ -65,11 +83,14 @@ def condition(
 
 
 def _against(ledger: Ledger | None, gaps: Sequence[Gap], source: Mode, late_rows: int) -> tuple[str, ...]:
+    standing = [gap for gap in gaps if gap.outcome in ("open", "stays") and gap.cause not in NEVER_DEGRADE]
     reasons = [
         f"gap {gap.gap_id} ({gap.cause}) {'is open' if gap.outcome == 'open' else 'stays'}"
-        for gap in gaps
-        if gap.outcome in ("open", "stays") and gap.cause not in NEVER_DEGRADE
+        + (f": {gap.detail}" if gap.detail is not None else "")
+        for gap in standing[:MAX_GAPS_NAMED]
     ]
+    more = Counter(gap.cause for gap in standing[MAX_GAPS_NAMED:])
+    reasons += [f"{count} more gaps ({cause})" for cause, count in sorted(more.items())]
     if ledger is not None:
         reasons += [
             f"{sheet.channel}: {count} rejected ({reason})"

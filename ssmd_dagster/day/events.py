@@ -101,6 +101,7 @@ class Gap(msgspec.Struct, frozen=True, kw_only=True):
     to_ns: int | None = None
     scope: dict[str, Any] = {}
     outcome: GapOutcome = "open"
+    detail: str | None = None
 
 
 class Step(msgspec.Struct, frozen=True, kw_only=True):
@@ -130,7 +131,7 @@ class TradingDay(msgspec.Struct, frozen=True, kw_only=True):
         started_ns: When the day first became ACTIVE (a replay: when that replay did).
         ended_ns: When the end that holds was first asked for; None while the day runs.
         open_ns: Start of the window where a verb set it, None where the calendar's holds; `close_ns` likewise.
-        ever_active: The day was ACTIVE at least once, in any revision.
+        ever_active: The day was ACTIVE at least once, in any revision; `recorded`: it was so live.
         messages: Records of the day, from `completed` or the latest checkpoint that gave a total.
         checkpoints: Latest counts per component, connections accumulated.
         steps: Steps of the current attempt, in order.
@@ -151,9 +152,11 @@ class TradingDay(msgspec.Struct, frozen=True, kw_only=True):
     open_ns: int | None = None
     close_ns: int | None = None
     ever_active: bool = False
+    recorded: bool = False
     failure: Failure | None = None
     condition: payloads.ConditionValue | None = None
     condition_reasons: tuple[str, ...] = ()
+    rules_version: int = 1
     messages: int | None = None
     gap_by_id: dict[str, Gap] = {}
     checkpoints: dict[str, payloads.Checkpoint] = {}
@@ -424,7 +427,9 @@ def _check_against_day(day: TradingDay, name: EventName, data: Any, where: str) 
 
 
 def _start_requested(day: TradingDay, event: DayEvent, data: payloads.StartRequested) -> dict[str, Any]:
-    changes: dict[str, Any] = {"mode": data.mode, "revision": data.revision, "ended_ns": None, "close_ns": None}
+    changes: dict[str, Any] = {"mode": data.mode, "revision": data.revision, "ended_ns": None}
+    if data.mode == "live":  # a replay opens no window again: where a roll by hand ended the day, the next one begins
+        changes["close_ns"] = None
     if not day.ever_active:  # what an attempt that never recorded anything claimed does not hold the window open
         changes["open_ns"] = data.open_ns
     if data.mode == "replay":
@@ -433,7 +438,7 @@ def _start_requested(day: TradingDay, event: DayEvent, data: payloads.StartReque
 
 
 def _started(day: TradingDay, event: DayEvent, data: payloads.Started) -> dict[str, Any]:
-    changes: dict[str, Any] = {"ever_active": True, "failure": None}
+    changes: dict[str, Any] = {"ever_active": True, "failure": None, "recorded": day.recorded or day.mode == "live"}
     if not day.ever_active and data.open_ns is not None:
         changes["open_ns"] = data.open_ns
     if day.started_ns is None:
@@ -472,6 +477,7 @@ def _completed(day: TradingDay, event: DayEvent, data: payloads.Completed) -> di
         "completed": data,
         "condition": data.condition,
         "condition_reasons": data.condition_reasons,
+        "rules_version": data.rules_version,
         "messages": data.messages,
         "ledger": data.ledger if data.ledger is not None else day.ledger,
     }
@@ -506,7 +512,7 @@ def _gap_opened(day: TradingDay, event: DayEvent, data: payloads.GapOpened) -> d
 
 
 def _gap_closed(day: TradingDay, event: DayEvent, data: payloads.GapClosed) -> dict[str, Any]:
-    gap = replace(day.gap_by_id[data.gap_id], to_ns=data.to_ns, outcome=data.outcome)
+    gap = replace(day.gap_by_id[data.gap_id], to_ns=data.to_ns, outcome=data.outcome, detail=data.detail)
     return {"gap_by_id": {**day.gap_by_id, gap.gap_id: gap}}
 
 
@@ -524,7 +530,11 @@ def _verified(day: TradingDay, event: DayEvent, data: payloads.Verified) -> dict
 
 
 def _condition_changed(day: TradingDay, event: DayEvent, data: payloads.ConditionChanged) -> dict[str, Any]:
-    return {"condition": data.condition, "condition_reasons": data.condition_reasons}
+    return {
+        "condition": data.condition,
+        "condition_reasons": data.condition_reasons,
+        "rules_version": data.rules_version,
+    }
 
 
 def _sealed(day: TradingDay, event: DayEvent, data: payloads.Sealed) -> dict[str, Any]:

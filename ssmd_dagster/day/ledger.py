@@ -1,8 +1,9 @@
 """The day's balance sheet of records: its lines, what they must equal, and every difference by name and size.
 
 Per channel `received = spooled = published = archived` and `archived = normalised + duplicates + control + rejected +
-other_day + opening_fold`; the wire's own count and the exchange's list of trades stand beside it. A line that nobody
-has drawn up is None ("not computed"), never 0. Counting is the work of `workflows/verify`, judging that of `condition`.
+other_day + opening_fold`; the wire's own count, the exchange's list of trades and the order books stand beside it. A line that
+nobody has drawn up is None ("not computed"), never 0, and `why_not` says why where that is known. Counting is the work of
+`workflows/verify`, judging that of `condition`.
 """
 
 from __future__ import annotations
@@ -97,38 +98,57 @@ class TradesLedger(msgspec.Struct, frozen=True, kw_only=True):
     extra: int | None = None
 
 
+class BooksLedger(msgspec.Struct, frozen=True, kw_only=True):
+    """Order books folded from deltas against later snapshots: `points` comparisons over `markets`, `differing` not equal."""
+
+    points: int | None = None
+    differing: int | None = None
+    markets: int | None = None
+
+
 class Ledger(msgspec.Struct, frozen=True, kw_only=True):
-    """The whole sheet: channels in a fixed order, the wire, the trades, and what gaps account for."""
+    """The whole sheet: channels in a fixed order, the wire, the trades, the books, and what gaps account for.
+
+    `why_not` says of a part or a line that is not computed why that is so: `trades`, `normalised`.
+    """
 
     channels: tuple[ChannelLedger, ...] = ()
     wire: WireLedger = WireLedger()
     trades: TradesLedger = TradesLedger()
+    books: BooksLedger = BooksLedger()
     explanations: tuple[Explanation, ...] = ()
+    why_not: dict[str, str] = {}
 
     def lines(self) -> list[Line]:
         """Return all lines, named `trade received`, `wire holes`, `trades exchange` and so on."""
         lines = [Line(f"{sheet.channel} {line.name}", line.size) for sheet in self.channels for line in sheet.lines()]
-        lines += [Line(f"wire {name}", count) for name, count in _fields(self.wire)]
-        lines += [Line(f"trades {name}", count) for name, count in _fields(self.trades)]
+        for part, sheet in self._parts():
+            lines += [Line(f"{part} {name}", count) for name, count in _fields(sheet)]
         return lines
+
+    def _parts(self) -> list[tuple[str, msgspec.Struct]]:
+        return [("wire", self.wire), ("trades", self.trades), ("books", self.books)]
 
     def not_computed(self) -> list[str]:
         """Return the names of the lines that nobody has drawn up."""
         return [line.name for line in self.lines() if line.size is None]
 
     def not_computed_briefly(self) -> list[str]:
-        """Return the same for a reader: a line missing in every channel is named once, a part without any line as a whole."""
+        """Return the same for a reader: a line missing in every channel is named once, a part without any line as a whole.
+
+        Each with the reason, where there is one.
+        """
         missing = set(self.not_computed())
         brief: list[str] = []
         for line in ChannelLedger(channel="").lines():
             channels = [sheet.channel for sheet in self.channels if f"{sheet.channel} {line.name}" in missing]
             everywhere = channels and len(channels) == len(self.channels)
             brief += [line.name] if everywhere else [f"{channel} {line.name}" for channel in channels]
-        for part, sheet in (("wire", self.wire), ("trades", self.trades)):
+        for part, sheet in self._parts():
             names = [f"{part} {name}" for name, _ in _fields(sheet)]
             lines = [name for name in names if name in missing]
             brief += [part] if len(lines) == len(names) else lines
-        return brief
+        return [f"{name} ({self.why_not[name]})" if name in self.why_not else name for name in brief]
 
     def differences(self) -> list[Difference]:
         """Return every pair of sides that are both computed and not equal, in the order of the lines."""
@@ -177,6 +197,7 @@ class Ledger(msgspec.Struct, frozen=True, kw_only=True):
         listed = _total(trades.captured, trades.repaired, trades.missing)
         balance("trades: exchange - listed", trades.exchange, listed)
         balance("trades: missing", trades.missing, 0)
+        balance("books: differing", self.books.differing, 0)
         return balances
 
     def _difference(self, name: str, size: int) -> Difference:

@@ -92,7 +92,7 @@ class Step(Payload, frozen=True, kw_only=True):
 class GapOpened(Payload, frozen=True, kw_only=True):
     """An interval began in which records are missing or suspected to be.
 
-    `scope` narrows it: any of `conn`, `sid`, `channel`, `market`, `component`; empty means the whole day's capture.
+    `scope` narrows it: any of `conn`, `sid`, `channel`, `market`, `markets`, `component`; empty means the whole day's capture.
     `cause` is a word in snake case, such as connection_lost, process_crash, sequence_gap, buffer_overflow, oversized,
     rate_limited, late_start, operator_stop, not_subscribed, exchange_maintenance, closed_by_schedule.
     """
@@ -104,11 +104,15 @@ class GapOpened(Payload, frozen=True, kw_only=True):
 
 
 class GapClosed(Payload, frozen=True, kw_only=True):
-    """The interval ended; may be repeated when the outcome changes (a gap that stayed is repaired later)."""
+    """The interval ended; may be repeated when the outcome changes (a gap that stayed is repaired later).
+
+    `detail` says what of it is not as the outcome says, such as "trades repaired" of a gap that stays.
+    """
 
     gap_id: str
     to_ns: int
     outcome: Literal["healed", "repaired", "stays"]
+    detail: str | None = None
 
 
 class ChannelCount(Payload, frozen=True, kw_only=True):
@@ -135,11 +139,12 @@ class Checkpoint(Payload, frozen=True, kw_only=True):
 
 
 class Verified(Payload, frozen=True, kw_only=True):
-    """A verification was done over `examined` records; `differences` counts the unexplained ones."""
+    """A verification was done over `examined` records; `differences` counts the unexplained ones, `faults` are the first."""
 
     ledger: dict[str, Any]
     examined: int
     differences: int
+    faults: tuple[str, ...] = ()
 
 
 class ConditionChanged(Payload, frozen=True, kw_only=True):

@@ -26,6 +26,15 @@ class SegmentEntry(msgspec.Struct, frozen=True, kw_only=True):
     records: int
 
 
+class TableEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """One object of the normalised bucket that belongs to the revision; `sha256` in lower-case hex."""
+
+    key: str
+    size: int
+    sha256: str
+    rows: int
+
+
 class ConnectionEntry(msgspec.Struct, frozen=True, kw_only=True):
     """One connection of the day: the epoch it was opened under and its records per channel."""
 
@@ -54,6 +63,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     epochs: tuple[int, ...]
     segments: tuple[SegmentEntry, ...]
     root_hash: str
+    tables: tuple[TableEntry, ...] = ()
     connections: tuple[ConnectionEntry, ...]
     gaps: tuple[Gap, ...]
     ledger: dict[str, Any] | None

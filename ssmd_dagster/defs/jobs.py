@@ -20,6 +20,7 @@ from ssmd_dagster.environments.loader import Registry
 from ssmd_dagster.environments.models import Environment
 
 START_TIMEOUT_S = 15 * 60
+SYNC_TIMEOUT_S = 10 * 60
 END_TIMEOUT_S = 12 * 3600
 """`dagster/max_runtime`: an end or a roll waits for an archiver with a backlog and reads the whole day back."""
 
@@ -49,6 +50,24 @@ def recover_day() -> None:
     ops.recover()
 
 
+@dg.graph(description="Build a day that is over from the exchange's history.")
+def replay_day() -> None:
+    """One op: start in replay mode, then end."""
+    ops.replay()
+
+
+@dg.graph(description="Read a COMPLETE day back and hold it against every account of it.")
+def verify_day() -> None:
+    """One op."""
+    ops.verify_again()
+
+
+@dg.graph(description="Bring the markets in from the exchange.")
+def sync_markets() -> None:
+    """One op."""
+    ops.sync_markets()
+
+
 def faults_job(registry: Registry) -> dg.JobDefinition:
     """Return the job that shows, in its description, what is wrong with the configuration; its run says what is left."""
     faults = "\n".join(f"- `{fault}`" for fault in registry.faults)
@@ -66,7 +85,7 @@ def faults_job(registry: Registry) -> dg.JobDefinition:
 
 
 def jobs_of(environment: Environment, resource_overrides: Mapping[str, Any]) -> dict[str, dg.JobDefinition]:
-    """Return the jobs of an environment by verb: `start`, `end`, `roll` and `recover`."""
+    """Return the jobs of an environment by verb, and `sync`, which brings in its markets."""
     name, days = environment.name, trading_days(environment)
     simulated = environment.simulator is not None
     clock = " Days follow the simulated exchange's clock, partitions the host's." if simulated else ""
@@ -77,7 +96,7 @@ def jobs_of(environment: Environment, resource_overrides: Mapping[str, Any]) -> 
         timeout_s: int,
         *,
         rolls: bool = False,
-        lane: str | None = f"{environment.name}/live",
+        lanes: Mapping[str, str] = {"ssmd/lane": f"{environment.name}/live"},
     ) -> dg.JobDefinition:
         job_name = f"{environment.slug}_{graph.name}"
         return graph.to_job(
@@ -88,7 +107,7 @@ def jobs_of(environment: Environment, resource_overrides: Mapping[str, Any]) -> 
             executor_def=dg.in_process_executor,
             tags={
                 "ssmd/environment": name,
-                **({"ssmd/lane": lane} if lane is not None else {}),
+                **lanes,
                 "dagster/max_runtime": str(timeout_s),
                 # The Partitions tab counts runs by this tag, which a launch over GraphQL or the CLI does not add.
                 "dagster/partition_set": f"{job_name}_partition_set",
@@ -122,6 +141,28 @@ def jobs_of(environment: Environment, resource_overrides: Mapping[str, Any]) -> 
             f"Recovers the trading day of the partition in {name} from whatever was killed, to ACTIVE or on to COMPLETE. "
             f"It waits for no other run: the journal's epoch is the lock. The same as `ssmd day recover {name}`.",
             START_TIMEOUT_S,
-            lane=None,
+            lanes={},
+        ),
+        "replay": job(
+            replay_day,
+            f"Replays the trading day of the partition in {name} from the exchange's history, and ends it: trades and markets, "
+            "not order books. The one to backfill over a range; a day that is COMPLETE already is left as it is. The same "
+            f"as `ssmd day backfill {name}`.",
+            END_TIMEOUT_S,
+            lanes={"ssmd/replay-lane": f"{name}/replay"},
+        ),
+        "verify": job(
+            verify_day,
+            f"Verifies the COMPLETE trading day of the partition in {name} again, from what the store holds, and journals the "
+            f"verdict. The same as `ssmd day verify {name}`.",
+            END_TIMEOUT_S,
+            lanes={"ssmd/replay-lane": f"{name}/replay"},
+        ),
+        "sync": job(
+            sync_markets,
+            f"Brings the markets of {name} in from the exchange. Every five minutes while a day is ACTIVE. The same as "
+            f"`ssmd secmaster sync {name}`.",
+            SYNC_TIMEOUT_S,
+            lanes={"ssmd/lane": f"{name}/sync"},
         ),
     }

@@ -7,25 +7,30 @@ before its own: see `workflows.attempt`. Rules do not belong here, nor does the 
 
 # No `from __future__ import annotations`: Dagster compares the annotation of `context` with its own class.
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
 
 import dagster as dg
+import msgspec
 
-from ssmd_dagster.day.ledger import Ledger
+from ssmd_dagster.day.events import TradingDay
 from ssmd_dagster.day.states import DayState
+from ssmd_dagster.defs.assets import ledger_table
 from ssmd_dagster.defs.resources import DayDesk, DaySession, VerbName
 from ssmd_dagster.environments.home import exchanges_dir
 from ssmd_dagster.environments.loader import broken_configuration, load_registry
 from ssmd_dagster.errors import ExitCode, SsmdError
 from ssmd_dagster.workflows.attempt import Attempt
-from ssmd_dagster.workflows.desk import Progress, Report
+from ssmd_dagster.workflows.backfill import replay_day
+from ssmd_dagster.workflows.desk import Desk, Progress, Report
+from ssmd_dagster.workflows.secmaster import sync as sync_security_master
+from ssmd_dagster.workflows.verify_sealed import verify_sealed
 from ssmd_dagster.workflows.views import ledger_of
+
+_T = TypeVar("_T")
 
 Metadata = dict[str, dg.MetadataValue[Any]]
 _Work = Callable[[DaySession, str | None, Report], Attempt]
-
-_LEDGER_COLUMNS = ("received", "spooled", "published", "archived")
 
 
 def _take(session: DaySession, partition: str | None, show: Report) -> Attempt:
@@ -127,6 +132,88 @@ recover = _op(
 )
 
 
+@dg.op(
+    name="replay_from_exchange",
+    description="Replays the day from the exchange's history and ends it. A day that is COMPLETE already is left as it is.",
+    out=dg.Out(dg.Nothing),
+    required_resource_keys={"desk"},
+)
+def replay(context: dg.OpExecutionContext) -> None:
+    """Start in replay mode, then end."""
+
+    async def work(desk: Desk, date: str) -> tuple[TradingDay, bool]:
+        before = await desk.book.day(date)
+        already = before is not None and before.state is DayState.COMPLETE
+        return await replay_day(desk, date, reason=f"run {context.run_id[:8]}"), already
+
+    day, already = _called(context, work, "backfill")
+    _tell_result(context, f"{day.date} {'was' if already else 'is'} {day.state}, {day.condition}")
+    context.add_output_metadata(_completion(context, day))
+
+
+@dg.op(
+    name="verify_from_store",
+    description="Reads a COMPLETE day back from the store, draws its ledger up again and journals the verdict. Nothing that is "
+    "stored is rewritten.",
+    out=dg.Out(dg.Nothing),
+    required_resource_keys={"desk"},
+)
+def verify_again(context: dg.OpExecutionContext) -> None:
+    """Verify a sealed day; faults fail the run, after they are journaled."""
+    found = _called(
+        context, lambda desk, date: verify_sealed(desk, date, lambda text: context.log.debug(text)), "verify"
+    )
+    _tell_result(context, f"{found.date} r{found.revision} is {found.condition}, {len(found.faults)} faults")
+    metadata: Metadata = {
+        "condition": dg.MetadataValue.text(found.condition),
+        "revision": dg.MetadataValue.int(found.revision),
+        "ledger": ledger_table(found.ledger),
+        "examined": dg.MetadataValue.json(found.examined),
+    }
+    if found.faults:
+        raise dg.Failure(description="\n".join(found.faults), metadata=metadata, allow_retries=False)
+    context.add_output_metadata(metadata)
+
+
+@dg.op(
+    name="sync_from_exchange",
+    description="Reads the selected markets from the exchange into the security master, while a day is ACTIVE.",
+    out=dg.Out(dg.Nothing),
+    required_resource_keys={"desk"},
+)
+def sync_markets(context: dg.OpExecutionContext) -> None:
+    """Sync the security master and observe what changed."""
+    result = _called(context, sync_security_master, None)
+    counts = {name: dg.MetadataValue.int(count) for name, count in msgspec.structs.asdict(result).items()}
+    context.log_event(
+        dg.AssetObservation(
+            [context.resources.desk.environment, "security_master"],
+            partition=context.partition_key,
+            description=f"{result.total} markets: {result.added} new, {result.updated} changed, {result.settled} settled",
+            metadata=counts,
+        )
+    )
+    context.add_output_metadata(counts)
+
+
+def _called(
+    context: dg.OpExecutionContext, work: Callable[[Desk, str], Coroutine[Any, Any, _T]], verb: str | None
+) -> _T:
+    """Do a whole workflow for the run's partition; fail as an op does."""
+    desk: DayDesk = context.resources.desk
+    partition = context.partition_key if context.has_partition_key else None
+    try:
+        return desk.session.call(partition, work, lambda progress: _log_progress(context, progress))
+    except SsmdError as error:
+        raise _failure(error, verb, desk.environment, partition, []) from error
+
+
+def _tell_result(context: dg.OpExecutionContext, text: str) -> None:
+    """Put what a run did where the list of runs shows it."""
+    context.log.info(text)
+    context.instance.add_run_tags(context.run_id, {"ssmd/result": text[:250]})
+
+
 @dg.op(description="Reads the configuration again and fails with what is wrong with it.")
 def check_configuration(context: dg.OpExecutionContext) -> None:
     """Fail with every fault of the configuration as it is by now."""
@@ -158,12 +245,14 @@ def _log_progress(context: dg.OpExecutionContext, progress: Progress) -> None:
 
 
 def _failure(
-    error: SsmdError, verb: VerbName, environment: str, partition: str | None, seen: list[Progress]
+    error: SsmdError, verb: str | None, environment: str, partition: str | None, seen: list[Progress]
 ) -> dg.Failure:
     """Return the failure as Dagster shows it: what, where, what to do, and the command that does it."""
     date = next((progress.date for progress in seen), partition)
     if error.exit_code is ExitCode.CONFIGURATION:
         command = f"ssmd env validate {environment}"
+    elif verb is None:
+        command = f"ssmd secmaster sync {environment}"
     elif date is None or error.exit_code in (ExitCode.USAGE, ExitCode.NOT_FOUND, ExitCode.REFUSED):
         command = f"ssmd day status {environment}"
     else:
@@ -186,6 +275,17 @@ def _metadata(context: dg.OpExecutionContext, attempt: Attempt, seen: list[Progr
         "state": dg.MetadataValue.text(day.state.value),
         "epoch": dg.MetadataValue.text(str(day.epoch)),
     }
+    if attempt.verb.name == "start" and day.mode == "replay" and day.state is DayState.ACTIVE:
+        replaying = f"{day.env.replace('-', '_')}_replay_day"
+        context.log.warning(
+            f"{day.date} is over: this replays it and leaves it ACTIVE. {replaying} replays and ends it."
+        )
+    if attempt.already or day.state in (DayState.ACTIVE, DayState.COMPLETE):
+        condition = f", {day.condition}" if day.condition else ""
+        context.instance.add_run_tags(
+            context.run_id,
+            {"ssmd/result": f"{day.date} {'was' if attempt.already else 'is'} {day.state}{condition}"[:250]},
+        )
     if attempt.already:
         context.log.info(f"{day.date} is {day.state.value} already; nothing is done")
         metadata["already"] = dg.MetadataValue.bool(True)
@@ -197,14 +297,13 @@ def _metadata(context: dg.OpExecutionContext, attempt: Attempt, seen: list[Progr
     ledger = attempt.ledger
     if day.state is DayState.COMPLETE:
         ledger = ledger_of(day)
-        metadata |= _completion(context, attempt)
+        metadata |= _completion(context, day)
     if ledger is not None and ledger.channels:
-        metadata["ledger"] = _table(ledger)
+        metadata["ledger"] = ledger_table(ledger)
     return metadata
 
 
-def _completion(context: dg.OpExecutionContext, attempt: Attempt) -> Metadata:
-    day = attempt.day
+def _completion(context: dg.OpExecutionContext, day: TradingDay) -> Metadata:
     metadata: Metadata = {
         "condition": dg.MetadataValue.text(day.condition or ""),
         "messages": dg.MetadataValue.int(day.messages or 0),
@@ -219,12 +318,3 @@ def _completion(context: dg.OpExecutionContext, attempt: Attempt) -> Metadata:
     if day.condition in ("degraded", "missing"):
         context.log.warning(f"{day.date} is COMPLETE, but {day.condition}: {'; '.join(day.condition_reasons)}")
     return metadata
-
-
-def _table(ledger: Ledger) -> dg.TableMetadataValue:
-    columns = [dg.TableColumn("channel", "string"), *(dg.TableColumn(name, "int") for name in _LEDGER_COLUMNS)]
-    records = [
-        dg.TableRecord({"channel": sheet.channel, **{name: getattr(sheet, name) for name in _LEDGER_COLUMNS}})
-        for sheet in ledger.channels
-    ]
-    return dg.MetadataValue.table(records=records, schema=dg.TableSchema(columns=columns))

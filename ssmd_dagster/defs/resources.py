@@ -19,10 +19,10 @@ from typing import Any, Literal, TypeVar
 import dagster as dg
 from pydantic import Field, PrivateAttr
 
-from ssmd_dagster.capture.setting import load_setting
+from ssmd_dagster.capture.setting import Setting, load_setting
 from ssmd_dagster.day.calendar import parse_date
-from ssmd_dagster.errors import SsmdError, UsageError
-from ssmd_dagster.workflows.attempt import CLEAN_UP_TIMEOUT_S, Attempt
+from ssmd_dagster.errors import SsmdError, UnreachableError, UsageError
+from ssmd_dagster.workflows.attempt import CLEAN_UP_TIMEOUT_S, Attempt, Verb
 from ssmd_dagster.workflows.desk import Desk, Progress, Report, open_desk
 from ssmd_dagster.workflows.end import END
 from ssmd_dagster.workflows.recover import recovery_of
@@ -32,6 +32,10 @@ from ssmd_dagster.workflows.start import START
 INTERRUPT_TIMEOUT_S = CLEAN_UP_TIMEOUT_S + 15.0
 """How long a cancelled run waits for its step to tidy up and to journal its failure."""
 CANCEL_AGAIN_S = 2.0
+TRIES = 2
+"""How often a run tries a step that fails for a transient cause; reconcile asks for another run later."""
+CONNECT_AGAIN_S = (1.0, 3.0)
+"""Pauses before a run connects again to servers that did not answer."""
 THREAD_TIMEOUT_S = 5.0
 
 VerbName = Literal["start", "end", "recover"]
@@ -137,6 +141,15 @@ class DaySession:
 
         return self._background.run(self._do(verb, partition, finish, ends=True), show)
 
+    def call(self, partition: str | None, work: Callable[[Desk, str], Coroutine[Any, Any, _T]], show: Report) -> _T:
+        """Do a workflow that is no verb of the day's machine, at this run's desk; raises `SsmdError`."""
+
+        async def called() -> _T:
+            setting, date = self._day(partition)
+            return await work(await self._connected(setting), date)
+
+        return self._background.run(called(), show)
+
     def close(self, show: Report) -> None:
         """Fail what this run has taken and not finished, give its leases back and disconnect."""
         try:
@@ -169,21 +182,43 @@ class DaySession:
         await self._attempts.pop(verb).close()
 
     async def _new_attempt(self, verb: VerbName, partition: str | None) -> Attempt:
+        setting, partition = self._day(partition)
+        desk = await self._connected(setting)
+        if verb == "recover":
+            return await recovery_of(desk, partition)
+        if self._rolls:
+            ending, starting = await dates_to_roll(desk, partition)
+            attempt = ending_of(desk, ending, starting) if verb == "end" else starting_of(desk, ending, starting)
+            attempt.verb = _patient(attempt.verb)
+            return attempt
+        return Attempt(desk, partition, _patient(END if verb == "end" else START))
+
+    async def _connected(self, setting: Setting) -> Desk:
+        """Return the run's desk; servers that do not answer are tried again, before anything is journaled."""
+        for pause_s in (*CONNECT_AGAIN_S, None):
+            if self._desk is not None:
+                break
+            try:
+                self._desk = await self._stack.enter_async_context(
+                    open_desk(setting, self._actor, self._background.report)
+                )
+            except UnreachableError as error:
+                if pause_s is None:
+                    raise
+                _log.warning("%s; trying again in %g s", error, pause_s)
+                await asyncio.sleep(pause_s)
+        assert self._desk is not None, "it is connected or has raised"
+        return self._desk
+
+    def _day(self, partition: str | None) -> tuple[Setting, str]:
+        """Return the setting and the day, which Dagster does not check; raises `SsmdError`."""
         if partition is None:
             raise UsageError(
                 "this run names no trading day", where=self._environment, do="Launch the job for one of its partitions"
             )
         setting = load_setting(self._environment)
         setting.env.calendar().check(parse_date(partition), setting.clock())
-        if self._desk is None:
-            self._desk = await self._stack.enter_async_context(open_desk(setting, self._actor, self._background.report))
-        desk = self._desk
-        if verb == "recover":
-            return await recovery_of(desk, partition)
-        if self._rolls:
-            ending, starting = await dates_to_roll(desk, partition)
-            return ending_of(desk, ending, starting) if verb == "end" else starting_of(desk, ending, starting)
-        return Attempt(desk, partition, END if verb == "end" else START)
+        return setting, partition
 
     async def _close(self) -> None:
         try:
@@ -225,6 +260,10 @@ class DayDesk(dg.ConfigurableResource):  # type: ignore[type-arg] # it is its ow
         finally:
             self._session.close(_log_abandoned)
             self._session = None
+
+
+def _patient(verb: Verb) -> Verb:
+    return verb._replace(tries=TRIES)
 
 
 def _log_abandoned(progress: Progress) -> None:

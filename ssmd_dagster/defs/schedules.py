@@ -14,27 +14,42 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from datetime import date, datetime, timedelta
+from functools import partial
 
 import dagster as dg
 
 from ssmd_dagster.day.calendar import TradingCalendar, parse_time
+from ssmd_dagster.day.events import Book
+from ssmd_dagster.day.reconcile import PAUSED_BY
+from ssmd_dagster.day.states import DayState
+from ssmd_dagster.defs.watch import Watch
 from ssmd_dagster.environments.models import Environment
+from ssmd_dagster.workflows.desk import Desk
 from ssmd_dagster.workflows.roll import LEAD_S
+
+LOOK_TIMEOUT_S = 5.0
+"""How long a tick waits to learn whether somebody has paused the environment."""
 
 _DateOf = Callable[[TradingCalendar, datetime], date]
 
 
-def schedules_of(environment: Environment, jobs: Mapping[str, dg.JobDefinition]) -> list[dg.ScheduleDefinition]:
+def schedules_of(
+    environment: Environment, jobs: Mapping[str, dg.JobDefinition], watch: Watch
+) -> list[dg.ScheduleDefinition]:
     """Return the schedules of an environment, none where it is not enabled."""
     if not environment.enabled:
         return []
     times = environment.schedule
-    start = _schedule(environment, jobs["start"], times.day_start, started_at, "Starts the day at day_start.")
+    _schedule = partial(_daily, environment, watch)
+    start = [
+        _schedule(jobs["start"], times.day_start, started_at, "Starts the day at day_start."),
+        _sync(environment, watch, jobs["sync"]),
+    ]
     if times.auto_roll:
         text = f"Rolls the day whose window closes at {times.day_end}, from {LEAD_S} s before on."
-        return [start, _schedule(environment, jobs["roll"], before(times.day_end, LEAD_S), rolled_at, text)]
+        return [*start, _schedule(jobs["roll"], before(times.day_end, LEAD_S), rolled_at, text)]
     text = "Ends the day whose window closes at day_end."
-    return [start, _schedule(environment, jobs["end"], times.day_end, closed_at, text)]
+    return [*start, _schedule(jobs["end"], times.day_end, closed_at, text)]
 
 
 def before(at: str, lead_s: int) -> str:
@@ -63,8 +78,49 @@ def _ns(at: datetime) -> int:
     return int(at.timestamp()) * 1_000_000_000
 
 
-def _schedule(
-    environment: Environment, job: dg.JobDefinition, at: str, date_of: _DateOf, description: str
+async def _book(desk: Desk) -> Book:
+    return await desk.book.refresh()
+
+
+def _seen(environment: Environment, watch: Watch) -> Book | None:
+    """Return the environment's days; None where its servers do not answer."""
+    return watch.look([environment.name], _book, actor="schedule", timeout_s=LOOK_TIMEOUT_S)[environment.name].value
+
+
+def _paused(environment: Environment, book: Book | None) -> str | None:
+    """Say who has paused the environment, None where nobody has or nobody knows: then the run itself finds out."""
+    if book is None or book.paused is None:
+        return None
+    since = environment.calendar().local(book.paused.since_ns).isoformat()
+    because = f": {book.paused.reason}" if book.paused.reason else ""
+    return f"{environment.name} is {PAUSED_BY} {book.paused.actor} since {since}{because}"
+
+
+def _sync(environment: Environment, watch: Watch, job: dg.JobDefinition) -> dg.ScheduleDefinition:
+    @dg.schedule(
+        name=f"{job.name}_schedule",
+        job=job,
+        cron_schedule="*/5 * * * *",
+        execution_timezone=environment.schedule.timezone,
+        default_status=dg.DefaultScheduleStatus.RUNNING,
+        description="Brings new markets in every five minutes while a day is ACTIVE.",
+    )
+    def tick(context: dg.ScheduleEvaluationContext) -> dg.RunRequest | dg.SkipReason:
+        book = _seen(environment, watch)
+        if book is None:
+            return dg.SkipReason(f"{environment.name} cannot be looked at; see `ssmd day status {environment.name}`")
+        if (paused := _paused(environment, book)) is not None:
+            return dg.SkipReason(paused)
+        day = book.days.get(book.current or "")
+        if day is None or day.state is not DayState.ACTIVE:
+            return dg.SkipReason(f"no day of {environment.name} is ACTIVE")
+        return dg.RunRequest(run_key=f"{context.scheduled_execution_time.timestamp():.0f}", partition_key=day.date)
+
+    return tick
+
+
+def _daily(
+    environment: Environment, watch: Watch, job: dg.JobDefinition, at: str, date_of: _DateOf, description: str
 ) -> dg.ScheduleDefinition:
     calendar, time = environment.calendar(), parse_time(at)
 
@@ -80,6 +136,8 @@ def _schedule(
         day = date_of(calendar, context.scheduled_execution_time)
         if day < calendar.first_day:
             return dg.SkipReason(f"{day} is before the first day of {environment.name}, {calendar.first_day}")
+        if (paused := _paused(environment, _seen(environment, watch))) is not None:
+            return dg.SkipReason(paused)
         return dg.RunRequest(run_key=f"{job.name}:{day}", partition_key=day.isoformat())
 
     return tick

@@ -273,6 +273,9 @@ class _Loading:
                 fields = ", ".join(sorted(keys.fields)) or "none"
                 fault(f"keys.{name}.fields", _Plain(fields), f"the fields {', '.join(sorted(fields_of[name]))}")
 
+        if environment.alerts.slack is not None and "slack" not in environment.keys:
+            fault("keys.slack", _Plain("nothing"), "the field token, since alerts.slack is set")
+
     def check_feed(self, stem: str, environment: Environment, feed: Feed) -> None:
         """The feed must be active, in force from the first day on, and carry the channels."""
 

@@ -219,7 +219,8 @@ class Capture(Model):
 
     `linger_ms` is the longest time a record waits for its batch; `spool_limit_mb` bounds a connector's unacknowledged
     bytes; `stream_limit_mb` is the room that the raw stream may take in NATS; `use_yes_price` is passed
-    on with the order book subscription.
+    on with the order book subscription; `trades_settle_s` is how long after the close the exchange's own list of trades is
+    taken to be complete.
     """
 
     channels: Annotated[tuple[Channel, ...], AfterValidator(_distinct), Field(strict=False)]
@@ -229,6 +230,7 @@ class Capture(Model):
     use_yes_price: bool = False
     spool_limit_mb: int = Field(default=2_048, ge=1, le=1_048_576)
     stream_limit_mb: int = Field(default=4_096, ge=16, le=16_777_216)
+    trades_settle_s: int = Field(default=60, ge=0, le=3_600)
 
 
 class Keys(Model):
@@ -293,19 +295,35 @@ class S3Storage(Model):
 class Simulator(Model):
     """Settings of the embedded exchange. It has the environment's credentials and its own clock.
 
-    `pauses`: trading rests on Thursdays from 03:00 to 05:00 Eastern, as at the real exchange.
+    `pauses`: trading rests on Thursdays from 03:00 to 05:00 Eastern, as at the real exchange. `trades_per_day` is how many
+    trades each day before the first start has, `reads_per_second` how many REST requests are taken (0: any number).
     """
 
     seed: int = Field(default=7, ge=0)
     markets: int = Field(default=200, ge=1, le=50_000)
     rate_per_second: float = Field(default=500, gt=0, le=1_000_000)
     pauses: bool = True
+    trades_per_day: int = Field(default=20_000, ge=0, le=100_000_000)
+    reads_per_second: float = Field(default=0, ge=0, le=1_000_000)
+
+
+class SlackAlerts(Model):
+    """A channel of Slack. The token is `keys.slack` with the field `token`."""
+
+    channel: Annotated[str, _matching(re.compile(r"[#@]?[A-Za-z0-9._-]{1,80}\Z"), "a channel such as #market-data")]
+
+
+class Alerts(Model):
+    """Where messages about the environment go beside the log."""
+
+    slack: SlackAlerts | None = None
 
 
 KEY_FIELDS: dict[str, frozenset[str]] = {
     "nats": frozenset({"user", "password"}),
     "redis": frozenset({"password"}),
     "s3": frozenset({"access_key_id", "secret_access_key"}),
+    "slack": frozenset({"token"}),
 }
 """Fields of the credentials of servers; those of an exchange are `EXCHANGE_KEY_FIELDS`, under the feed's name."""
 
@@ -336,6 +354,7 @@ class Environment(Model):
     )
     retain_days: int = Field(default=2, ge=1, le=3_650)
     simulator: Simulator | None = None
+    alerts: Alerts = Alerts()
     lease_ttl_s: float = Field(default=30.0, gt=0, le=3_600)
 
     _feed: Feed | None = PrivateAttr(default=None)

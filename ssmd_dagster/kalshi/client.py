@@ -7,25 +7,47 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
 
 from ssmd_dagster.clock import Clock
-from ssmd_dagster.exchange import Envelope, ExchangeSettings, ExchangeStatus, FrameSink, Market, MarketSelection, Trade
+from ssmd_dagster.exchange import (
+    Closed,
+    Envelope,
+    ExchangeSettings,
+    ExchangeStatus,
+    FrameSink,
+    Market,
+    MarketPage,
+    MarketSelection,
+    Trade,
+    TradePage,
+    TradeQuery,
+    TradesRead,
+)
 from ssmd_dagster.kalshi.auth import open_signer
 from ssmd_dagster.kalshi.books import read_books
-from ssmd_dagster.kalshi.markets import historical_markets, select_markets
+from ssmd_dagster.kalshi.listings import read_listings
+from ssmd_dagster.kalshi.markets import SeriesLookup, historical_markets, market_pages, select_markets
 from ssmd_dagster.kalshi.pacing import Sleep
 from ssmd_dagster.kalshi.rest import RestClient
 from ssmd_dagster.kalshi.scaled import rfc3339_ns
 from ssmd_dagster.kalshi.schedule import Schedule, read_schedule
-from ssmd_dagster.kalshi.socket import TICKERS_PER_COMMAND, KalshiConnection, open_connection
+from ssmd_dagster.kalshi.socket import (
+    BOOK_CHANNELS,
+    MARKET_CHANNELS,
+    TICKERS_PER_COMMAND,
+    KalshiConnection,
+    open_connection,
+)
+from ssmd_dagster.kalshi.tape import pages_of_tape, read_tape
 from ssmd_dagster.kalshi.trades import Cutoff, read_cutoff, read_trades
 from ssmd_dagster.kalshi.wire import CHANNEL_OF_TYPE, Snapshot, event_time_ns
 
 _STATUS_COMES_WITH = frozenset({500, 503, 504})
+_LONGEST_CLOSED_NS = 8 * 86_400 * 1_000_000_000
 
 
 class _Status(msgspec.Struct):
@@ -38,6 +60,8 @@ class Kalshi:
     """Kalshi, opened for one environment. Create it inside a running event loop; `close` it."""
 
     channel_of_type: Mapping[str, str] = CHANNEL_OF_TYPE
+    market_channels = MARKET_CHANNELS
+    book_channels = BOOK_CHANNELS
 
     def __init__(
         self, settings: ExchangeSettings, clock: Clock, *, rng: random.Random, sleep: Sleep = asyncio.sleep
@@ -48,6 +72,7 @@ class Kalshi:
         self._sleep = sleep
         self._signer = open_signer(settings)
         self.rest = RestClient(settings, self._signer, clock, rng=rng, sleep=sleep)
+        self._series = SeriesLookup(self.rest)
 
     def event_time_ns(self, envelope: Envelope) -> int | None:
         """Return when the exchange says that the message's matter happened, or None where it does not say."""
@@ -56,6 +81,21 @@ class Kalshi:
     def markets(self, selection: MarketSelection) -> AsyncIterator[Market]:
         """Yield the selected markets, each ticker once; see `markets.select_markets`."""
         return select_markets(self.rest, selection)
+
+    def listings(self, selection: MarketSelection, created_after_ns: int | None = None) -> AsyncIterator[Market]:
+        """Yield the selected markets as the bare list has them; see `listings.read_listings`."""
+        return read_listings(self.rest, self._series, selection, created_after_ns)
+
+    async def closed(self, at_ns: int) -> Closed | None:
+        """Ask whether the exchange says that it is closed: in maintenance, or by its weekly hours."""
+        status = await self.status()
+        if not status.exchange_active:
+            return Closed(cause="exchange_maintenance", until_ns=status.resume_ns)
+        if status.trading_active:
+            return None
+        closed = (await self.schedule()).closed(at_ns - _LONGEST_CLOSED_NS, at_ns + _LONGEST_CLOSED_NS)
+        now = next(((start, end) for start, end in closed if start <= at_ns < end), None)
+        return None if now is None else Closed(cause="closed_by_schedule", since_ns=now[0], until_ns=now[1])
 
     async def status(self) -> ExchangeStatus:
         """Ask the exchange whether it is open; in maintenance it says so with a 5xx, which is an answer too."""
@@ -70,6 +110,20 @@ class Kalshi:
     def trades(self, from_ns: int, to_ns: int, ticker: str | None = None) -> AsyncIterator[Trade]:
         """Yield the exchange's own list of trades in `[from_ns, to_ns]`; see `trades.read_trades`."""
         return read_trades(self.rest, self._clock, from_ns, to_ns, ticker)
+
+    async def trade_pages(self, query: TradeQuery, take: Callable[[TradePage], Awaitable[None]]) -> TradesRead:
+        """Hand the pages of the list of trades to `take`; see `tape.read_tape`."""
+        return await read_tape(self.rest, query, take)
+
+    async def pages_of_tape(self, from_ns: int, to_ns: int) -> int:
+        """Estimate how many pages the list of all trades of an interval has."""
+        return await pages_of_tape(self.rest, from_ns, to_ns)
+
+    def market_pages(
+        self, *, tickers: Sequence[str] | None = None, series: str | None = None, around: tuple[int, int] | None = None
+    ) -> AsyncIterator[MarketPage]:
+        """Yield markets, past ones too, as the lists have them; see `markets.market_pages`."""
+        return market_pages(self.rest, tickers=tickers, series=series, around=around)
 
     async def cutoff(self) -> Cutoff:
         """Ask where the live part of the REST ends; it advances."""

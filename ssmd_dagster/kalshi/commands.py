@@ -15,7 +15,12 @@ import msgspec
 
 from ssmd_dagster.errors import UnreachableError
 from ssmd_dagster.exchange import Envelope
-from ssmd_dagster.kalshi.errors import ExchangeAnswerError, ExchangeRefusedError
+from ssmd_dagster.kalshi.errors import (
+    TOO_MANY_MARKETS,
+    ExchangeAnswerError,
+    ExchangeRefusedError,
+    TooManyMarketsError,
+)
 
 ORDERBOOK_SNAPSHOT = "orderbook_snapshot"
 
@@ -86,7 +91,8 @@ class Commands:
             return
         if envelope.type == "error":
             body = read_error_body(envelope.msg)
-            refusal = ExchangeRefusedError(body.code, body.msg, where=self._address, about=pending.about)
+            kind = TooManyMarketsError if body.code == TOO_MANY_MARKETS else ExchangeRefusedError
+            refusal = kind(body.code, body.msg, where=self._address, about=pending.about)
             pending.outcome.set_exception(refusal)
             return
         if envelope.type == ORDERBOOK_SNAPSHOT:

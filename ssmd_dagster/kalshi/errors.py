@@ -9,7 +9,21 @@ from typing import Any
 
 import msgspec
 
-from ssmd_dagster.errors import SsmdError, UnreachableError
+from ssmd_dagster.errors import SsmdError
+from ssmd_dagster.exchange import MarketLimitError, RateLimitedError
+
+__all__ = [
+    "ERROR_CODES",
+    "TERMINAL_CODES",
+    "TOO_MANY_COMMANDS",
+    "TOO_MANY_MARKETS",
+    "ExchangeAnswerError",
+    "ExchangeRefusedError",
+    "RateLimitedError",
+    "RestError",
+    "TooManyMarketsError",
+    "read_rest_error",
+]
 
 ERROR_CODES = {
     1: "unable to process the message",
@@ -44,6 +58,7 @@ ERROR_CODES = {
 TERMINAL_CODES = frozenset({10, 25})
 """After these the subscription is dead and has to be made anew; the socket may live on."""
 
+TOO_MANY_MARKETS = 26
 TOO_MANY_COMMANDS = 27
 _TRANSIENT_CODES = frozenset({1, 10, 18, 25, TOO_MANY_COMMANDS})
 _WHAT_TO_DO = {
@@ -53,10 +68,6 @@ _WHAT_TO_DO = {
     TOO_MANY_COMMANDS: "Try again later.",
 }
 _MAX_QUOTED_CHARS = 300
-
-
-class RateLimitedError(UnreachableError):
-    """The exchange answers 429 and went on doing so through all retries."""
 
 
 class ExchangeAnswerError(SsmdError):
@@ -76,6 +87,10 @@ class ExchangeRefusedError(SsmdError):
         do = _WHAT_TO_DO.get(code, "") if isinstance(code, int) else ""
         super().__init__(f"the exchange refused {about}: {said}", where=where, do=do)
         self.transient = code in _TRANSIENT_CODES
+
+
+class TooManyMarketsError(ExchangeRefusedError, MarketLimitError):
+    """A subscription is full (code 26)."""
 
 
 class RestError(msgspec.Struct, frozen=True):

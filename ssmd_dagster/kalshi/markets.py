@@ -12,7 +12,8 @@ from typing import Any
 import msgspec
 
 from ssmd_dagster.errors import NotFoundError
-from ssmd_dagster.exchange import Market, MarketSelection
+from ssmd_dagster.exchange import Market, MarketPage, MarketSelection
+from ssmd_dagster.kalshi.errors import ExchangeAnswerError
 from ssmd_dagster.kalshi.rest import Params, RestClient, part
 from ssmd_dagster.kalshi.scaled import rfc3339_ns
 
@@ -211,6 +212,72 @@ async def historical_markets(
     for params in asked:
         async for market in sweep.read(params, series=series):
             yield market
+
+
+class _RawPage(msgspec.Struct):
+    markets: msgspec.Raw = msgspec.Raw(b"[]")
+    cursor: str | None = None
+
+
+class _Listed(msgspec.Struct, gc=False):
+    ticker: str
+    open_time: str = ""
+    close_time: str = ""
+
+
+async def market_pages(
+    rest: RestClient,
+    *,
+    tickers: Sequence[str] | None = None,
+    series: str | None = None,
+    around: tuple[int, int] | None = None,
+) -> AsyncIterator[MarketPage]:
+    """Yield markets as the live and the historical list have them: those named, or all of one series, past ones too.
+
+    With `around` (nanoseconds, half-open) only those that were open at some time in it. A ticker that neither list knows is
+    left out. Raises what `RestClient.get` raises.
+    """
+    paths = ["/markets", "/historical/markets"]
+    if series is not None:
+        for path in paths:
+            async for page in _raw_pages(rest, path, [("series_ticker", series)], around):
+                yield page
+        return
+    wanted = list(dict.fromkeys(tickers or ()))
+    for start in range(0, len(wanted), _TICKERS_PER_REQUEST):
+        left = wanted[start : start + _TICKERS_PER_REQUEST]
+        found = dict.fromkeys(paths, 0)
+        for path in tuple(paths):
+            if left:
+                async for page in _raw_pages(rest, path, [("tickers", ",".join(left))], around):
+                    found[path] += len(page.tickers)
+                    left = [ticker for ticker in left if ticker not in page.tickers]
+                    yield page
+        # Most of an old day's markets are in the historical list: that is then asked first.
+        paths.sort(key=lambda path: -found[path])
+
+
+async def _raw_pages(
+    rest: RestClient, path: str, params: Params, around: tuple[int, int] | None
+) -> AsyncIterator[MarketPage]:
+    async for page in rest.pages(path, params, limit=_MARKETS_PER_PAGE, max_pages=_MAX_PAGES, page=_RawPage):
+        try:
+            rows = msgspec.json.decode(page.markets, type=list[_Listed])
+            raw = msgspec.json.decode(page.markets, type=list[msgspec.Raw])
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise ExchangeAnswerError(f"a market's row cannot be read: {error}", where=path) from error
+        kept = [
+            index
+            for index, row in enumerate(rows)
+            if around is None or (_time_ns(row.open_time) < around[1] and _time_ns(row.close_time) >= around[0])
+        ]
+        if kept:
+            yield MarketPage(
+                endpoint=path,
+                params=dict(params),
+                rows=b"[" + b",".join(bytes(raw[index]) for index in kept) + b"]",
+                tickers=frozenset([rows[index].ticker for index in kept]),
+            )
 
 
 def read_market(row: dict[str, Any], series_ticker: str, category: str) -> Market:

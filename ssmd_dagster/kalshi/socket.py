@@ -25,7 +25,7 @@ from picows import (
 
 from ssmd_dagster.clock import Clock
 from ssmd_dagster.errors import ConfigurationError, SsmdError, UnreachableError
-from ssmd_dagster.exchange import Envelope, ExchangeSettings, FrameSink, Subscription
+from ssmd_dagster.exchange import Envelope, ExchangeSettings, FrameSink, Subscription, SubscriptionLost
 from ssmd_dagster.kalshi.auth import Signer, where_the_key_is
 from ssmd_dagster.kalshi.commands import Commands, read_error_body, read_sid
 from ssmd_dagster.kalshi.errors import (
@@ -36,6 +36,7 @@ from ssmd_dagster.kalshi.errors import (
     RateLimitedError,
     read_rest_error,
 )
+from ssmd_dagster.kalshi.news import NEWS_TYPES, read_news
 from ssmd_dagster.kalshi.pacing import Backoff, Sleep
 
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
@@ -48,8 +49,12 @@ _CLOSE_TIMEOUT_S = 2.0
 _SILENCE_S = 15.0
 _PONG_TIMEOUT_S = 10.0
 _MAX_TRIES_OF_COMMAND = 5
-_GLOBAL_CHANNELS = frozenset({"market_lifecycle_v2", "multivariate_market_lifecycle"})
-_NEEDS_TICKERS = frozenset({"orderbook_delta"})
+MARKET_CHANNELS = frozenset({"orderbook_delta", "trade", "ticker"})
+"""Channels that can be filtered by market."""
+BOOK_CHANNELS = frozenset({"orderbook_delta"})
+_NEEDS_TICKERS = BOOK_CHANNELS
+_LOOKED_AT = NEWS_TYPES | {"error"}
+_MAX_RETRY_AFTER_S = 300.0
 
 _decode_envelope = msgspec.json.Decoder(Envelope).decode
 
@@ -94,6 +99,7 @@ class KalshiConnection(WSListener):
         self._watcher: asyncio.Task[None] | None = None
         self._reason: str | None = None
         self._abandoned = False
+        self._reading_paused = False
 
     # What picows calls.
 
@@ -113,8 +119,8 @@ class KalshiConnection(WSListener):
             payload = frame.get_payload_as_bytes()
             envelope = read_envelope(payload)
             self._sink.on_frame(recv_ns, payload, envelope)
-            if envelope is not None and (envelope.id is not None or envelope.type == "error"):
-                self._take_answer(envelope)
+            if envelope is not None and (envelope.id is not None or envelope.type in _LOOKED_AT):
+                self._look_at(recv_ns, envelope)
         else:
             self._on_other_frame(recv_ns, transport, frame, kind)
 
@@ -159,27 +165,26 @@ class KalshiConnection(WSListener):
             envelope = read_envelope(payload)
             self._sink.on_frame(recv_ns, payload, envelope)
             if envelope is not None:
-                self._take_answer(envelope)
+                self._look_at(recv_ns, envelope)
 
-    def _take_answer(self, envelope: Envelope) -> None:
+    def _look_at(self, recv_ns: int, envelope: Envelope) -> None:
+        """See what a frame that the sink has means for commands and subscriptions."""
         if envelope.type == "error" and envelope.sid is not None:
             body = read_error_body(envelope.msg)
             if body.code in TERMINAL_CODES:
-                # The subscription is dead and would stay silent for ever; a new connection has it back in a moment.
-                self._end(f"the exchange ended subscription {envelope.sid}: {body.code} {body.msg}")
-        self._commands.take(envelope)
+                # The subscription is dead and would stay silent for ever; the socket lives on.
+                lost = SubscriptionLost(sid=envelope.sid, reason=f"{body.code} {body.msg}".rstrip())
+                self._sink.on_event(recv_ns, lost)
+        elif (news := read_news(envelope)) is not None:
+            self._sink.on_event(recv_ns, news)
+        if envelope.id is not None:
+            self._commands.take(envelope)
 
     # What the end of a connection needs.
 
     def _note_reason(self, reason: str) -> None:
         if self._reason is None:
             self._reason = reason
-
-    def _end(self, reason: str) -> None:
-        self._note_reason(reason)
-        if self._transport is not None and not self._transport.is_close_frame_sent:
-            self._transport.send_close(WSCloseCode.OK)
-            self._transport.disconnect()
 
     async def _watch(self, transport: WSTransport) -> None:
         """Wait for the end and tell it, once and last, to the sink and to the commands under way."""
@@ -197,8 +202,20 @@ class KalshiConnection(WSListener):
         self._commands.close(reason)
         self._sink.on_closed(closed_ns, reason)
 
+    def pause_reading(self, *, paused: bool) -> None:
+        """Leave what comes in the socket for a moment, or read on. Pings wait too: the exchange gives up after a while."""
+        if self._transport is None or self._transport.is_disconnected or paused is self._reading_paused:
+            return
+        self._reading_paused = paused
+        socket = self._transport.underlying_transport
+        if paused:
+            socket.pause_reading()
+        else:
+            socket.resume_reading()
+
     async def close(self) -> None:
         """Close the socket and wait until the sink has been told, at most some seconds."""
+        self.pause_reading(paused=False)
         transport, watcher = self._transport, self._watcher
         if transport is None or watcher is None:
             return
@@ -239,7 +256,7 @@ class KalshiConnection(WSListener):
         """
         subscriptions = []
         for channel in channels:
-            if channel in _GLOBAL_CHANNELS:
+            if channel not in MARKET_CHANNELS:
                 subscriptions.append(await self._subscribe_channel(channel, None))
             elif tickers is None or tickers:
                 subscriptions.append(await self._subscribe_channel(channel, tickers))
@@ -255,6 +272,8 @@ class KalshiConnection(WSListener):
             params: dict[str, object] = {"channels": [channel]}
             if chunk is not None:
                 params["market_tickers"] = chunk
+                # Else every answer lists all markets of the subscription again.
+                params["skip_ticker_ack"] = True
             if channel in _NEEDS_TICKERS:
                 # Always said, so that archived prices of the no side stay readable when the default flips.
                 params["use_yes_price"] = self.use_yes_price
@@ -388,9 +407,16 @@ def _refused_handshake(error: WSHandshakeError, settings: ExchangeSettings, *, s
         return ConfigurationError(f"the exchange {whose}: HTTP {status} {said}", where=settings.endpoint, do=do)
     if status == 429:
         what = f"rate limited by the exchange: HTTP 429 {said}"
-        return RateLimitedError(what, where=settings.endpoint, do="Connect more rarely")
+        retry_after_s = _retry_after_s(error)
+        return RateLimitedError(what, where=settings.endpoint, do="Connect more rarely", retry_after_s=retry_after_s)
     what = f"HTTP {status} {said}" if status else str(error)
     return _unreachable(f"the exchange refused the WebSocket handshake: {what}", settings.endpoint)
+
+
+def _retry_after_s(error: WSHandshakeError) -> float | None:
+    """Read a `Retry-After` in seconds; Kalshi sends none, what stands before it may."""
+    said = error.response.headers.get("Retry-After", "") if error.response is not None else ""
+    return min(float(said), _MAX_RETRY_AFTER_S) if said.isdecimal() else None
 
 
 def _unreachable(what: str, address: str) -> UnreachableError:

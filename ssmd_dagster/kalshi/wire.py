@@ -151,7 +151,7 @@ class Lifecycle(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EventLifecycle(msgspec.Struct, frozen=True, kw_only=True):
-    """An event that came into being. `series_ticker` is empty where the exchange says nothing."""
+    """An event that came into being. `series_ticker` is empty where the exchange says nothing; `strike_date` in seconds, UTC."""
 
     event_ticker: str
     series_ticker: str
@@ -159,7 +159,7 @@ class EventLifecycle(msgspec.Struct, frozen=True, kw_only=True):
     subtitle: str
     collateral_return_type: str
     exchange_index: int | None
-    strike_date: str | None
+    strike_date: int | None
     strike_period: str | None
     extra: dict[str, Any] | None = None
 
@@ -451,7 +451,7 @@ def _event_lifecycle(message: dict[str, Any]) -> EventLifecycle:
         subtitle=keys.maybe(("subtitle", _text)) or "",
         collateral_return_type=keys.maybe(("collateral_return_type", _text)) or "",
         exchange_index=keys.maybe(("exchange_index", whole)),
-        strike_date=keys.maybe(("strike_date", _text)),
+        strike_date=keys.maybe(("strike_date", whole)),
         strike_period=keys.maybe(("strike_period", _text)),
         extra=keys.extra(),
     )

@@ -44,6 +44,7 @@ _SLOW_TICK_S = 0.1
 _BURST = 1_024
 _FAST_ACTIONS = 4
 """At full speed a chosen market moves this often before another is chosen; it spares half the work of choosing."""
+_DROPPED_IN_PAUSE = 0.5
 _IDLE_RATE = 1_000.0
 _ZIPF = 1.1
 _COMBO_WEIGHT = 0.1
@@ -119,8 +120,17 @@ class Engine:
             self._remakes = self.world.remakes
             self._show_all()
         self._tell_indices(now_ns // 1_000_000)
+        before = self.paused
         self.paused = self.pauses and catalog.paused_until_s(now_ns // catalog.SECOND_NS) is not None
         self._flush()
+        if self.paused and not before:
+            self._drop_sessions()
+
+    def _drop_sessions(self) -> None:
+        """Close about half of the connections: Kalshi says that sessions may be dropped when the pause begins."""
+        for connection in list(self.connections.values()):
+            if random.Random(f"{self.world.seed}/{connection.number}/pause").random() < _DROPPED_IN_PAUSE:
+                connection.close()
 
     def _show_all(self) -> None:
         """Send the books of all subscribed markets: after a leap in time what clients hold may be of another day."""

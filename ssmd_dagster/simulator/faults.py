@@ -32,13 +32,14 @@ SocketKind = Literal[
     "black_hole",
     "clock_back",
 ]
-HttpKind = Literal["http_429", "http_5xx", "http_slow", "http_cut", "refuse_handshake"]
+HttpKind = Literal["http_429", "http_5xx", "http_slow", "http_cut", "http_shift", "http_short", "refuse_handshake"]
 
 FRAME_KINDS: tuple[str, ...] = FrameKind.__args__  # type: ignore[attr-defined]
 SOCKET_KINDS: tuple[str, ...] = SocketKind.__args__  # type: ignore[attr-defined]
 HTTP_KINDS: tuple[str, ...] = HttpKind.__args__  # type: ignore[attr-defined]
 
-ALL_KINDS = (*FRAME_KINDS, *SOCKET_KINDS, *HTTP_KINDS)
+ALL_KINDS = (*FRAME_KINDS, *SOCKET_KINDS, *(kind for kind in HTTP_KINDS if kind != "http_short"))
+"""What may be broken at random. `http_short` leaves the exchange's own lists untrue, so it is only done when asked for."""
 
 MAX_HUGE_BYTES = 60 << 20
 _DATA = frozenset(
@@ -52,7 +53,8 @@ class Order(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, omit_defau
     `connection`: a number, or absent for every open one, or "next" for the one that comes; `channel`: only its frames;
     `count`: frames (or answers over HTTP) that it touches; `for_s`, `delay_s`: seconds; `path`: prefix below
     `/trade-api/v2`; `status`: of HTTP answers; `body`: which of Kalshi's two 429 bodies; `code`: 10 or 25; `ticker`: one
-    market; `size`: bytes of a huge frame, or how far a clock goes back; `then`: how a black hole ends.
+    market; `size`: bytes of a huge frame, how far a clock goes back, or by how many rows a page is off; `then`: how a black
+    hole ends.
     """
 
     fault: FrameKind | SocketKind | HttpKind

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from datetime import date
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,11 @@ from aiohttp import web
 from picows import WSUpgradeRequest, WSUpgradeResponse, WSUpgradeResponseWithListener, ws_create_server
 
 from ssmd_dagster.errors import SsmdError
+from ssmd_dagster.simulator.catalog import SECOND_NS
 from ssmd_dagster.simulator.engine import Engine
 from ssmd_dagster.simulator.faults import ALL_KINDS
 from ssmd_dagster.simulator.frames import compact
+from ssmd_dagster.simulator.history import History
 from ssmd_dagster.simulator.keys import KeyRing, RefusedSignatureError, write_file
 from ssmd_dagster.simulator.playback import Recording
 from ssmd_dagster.simulator.rest import Rest
@@ -39,7 +42,11 @@ _STOP_S = 2.0
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """How one simulated exchange runs. Ports of 0 are chosen by the system; `rate` 0 is full speed."""
+    """How one simulated exchange runs. Ports of 0 are chosen by the system; `rate` 0 is full speed.
+
+    Its past begins on `history_from` and has about `trades_per_day`; the live lists hold `cutoff_days`; `reads_per_second`
+    is how many REST requests an account may make, 0 for no limit.
+    """
 
     home: Path
     ws_port: int = 0
@@ -58,6 +65,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     faults_per_minute: float = 0.0
     faults: tuple[str, ...] = ()
     limits: Limits = Limits()
+    history_from: date = date(2025, 6, 1)
+    trades_per_day: int = 20_000
+    cutoff_days: float = 60.0
+    reads_per_second: float = 0.0
 
 
 class Simulator:
@@ -76,6 +87,14 @@ class Simulator:
         recording = Recording(settings.play, settings.play_speed) if settings.play else None
         played = tuple(recording.tickers) if recording else ()
         self.world = World(settings.seed, settings.markets, self.boot, now_ns, series=settings.series, played=played)
+        self.history = History(
+            home,
+            self.world,
+            now_ns // SECOND_NS,
+            trades_per_day=0 if played else settings.trades_per_day,
+            first=settings.history_from,
+            pauses=settings.pauses,
+        )
         self.truth = TruthLog(home / "truth", now_ns, self.world.names)
         self.engine = Engine(
             self.world,
@@ -105,7 +124,14 @@ class Simulator:
             self._admit, settings.host, settings.ws_port, enable_auto_pong=False, max_frame_size=_MAX_COMMAND_BYTES
         )
         self.ws_port = self._server.sockets[0].getsockname()[1]
-        rest = Rest(self.engine, self.keys, about)
+        rest = Rest(
+            self.engine,
+            self.history,
+            self.keys,
+            about,
+            cutoff_days=settings.cutoff_days,
+            reads_per_second=settings.reads_per_second,
+        )
         self._runner = web.AppRunner(rest.application(), access_log=None, shutdown_timeout=_STOP_S)
         await self._runner.setup()
         site = web.TCPSite(self._runner, settings.host, settings.rest_port)
@@ -224,11 +250,14 @@ def command(
     series: Sequence[str] = (),
     auth: bool = True,
     pauses: bool = True,
+    trades_per_day: int = 20_000,
+    reads_per_second: float = 0.0,
 ) -> list[str]:
     """Return the command line that runs a simulator; a supervisor starts it as it is."""
     line = [sys.executable, "-m", "ssmd_dagster.simulator", "--home", str(home), "--host", host]
     line += ["--ws-port", str(ws_port), "--rest-port", str(rest_port)]
     line += ["--seed", str(seed), "--markets", str(markets), "--rate", str(rate)]
+    line += ["--trades-per-day", str(trades_per_day), "--reads-per-second", str(reads_per_second)]
     for name in series:
         line += ["--series", name]
     if not auth:
@@ -236,6 +265,13 @@ def command(
     if not pauses:
         line.append("--no-pause")
     return line
+
+
+def _date(text: str) -> date:
+    try:
+        return date.fromisoformat(text)
+    except ValueError as error:
+        raise click.BadParameter(f"{text!r} is not a date YYYY-MM-DD") from error
 
 
 @click.command("sim", context_settings={"show_default": True})
@@ -270,6 +306,16 @@ def command(
 @click.option("--command-rate", type=click.IntRange(1), default=1_000, help="Commands a second before error 27.")
 @click.option(
     "--answer-delay", type=click.FloatRange(0), default=0.003, help="Seconds an answer may take; 0 keeps order."
+)
+@click.option(
+    "--history-from", metavar="DATE", default="2025-06-01", callback=lambda _c, _p, text: _date(text), help="First day."
+)
+@click.option(
+    "--trades-per-day", type=click.IntRange(0), default=20_000, help="Trades of a day before the first start."
+)
+@click.option("--cutoff-days", type=click.FloatRange(0), default=60.0, help="Days that the live lists reach back.")
+@click.option(
+    "--reads-per-second", type=click.FloatRange(0), default=20.0, help="REST requests an account may make; 0: any."
 )
 def sim_command(**options: Any) -> None:
     """Run a Kalshi-protocol exchange with a log of the truth, until SIGTERM."""

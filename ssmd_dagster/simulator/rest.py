@@ -9,7 +9,7 @@ import asyncio
 import base64
 import binascii
 import json
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from typing import Any
 
@@ -22,17 +22,22 @@ from ssmd_dagster.simulator.catalog import SECOND_NS, Series
 from ssmd_dagster.simulator.engine import Engine
 from ssmd_dagster.simulator.faults import HTTP_KINDS, Order
 from ssmd_dagster.simulator.frames import compact
+from ssmd_dagster.simulator.history import History, PastMarket
 from ssmd_dagster.simulator.keys import KeyRing, RefusedSignatureError
 from ssmd_dagster.simulator.tapes import contracts, dollars
 from ssmd_dagster.simulator.world import STATUS_OF_FILTER, Event, Market, rfc3339
 
 PREFIX = "/trade-api/v2"
-_CUTOFF_AGE_S = 60 * 86_400
+_DAY_S = 86_400
+_READ_BURST_S = 2.0
+_TAIL_ROWS = 50
+_TAILS_KEPT = 256
 _CACHE_S = 1.0
 _CACHE_BYTES = 64 << 20
 _CACHED = ("/markets", "/events", "/events/multivariate", "/series")
 _SIGNED = ("KALSHI-ACCESS-KEY", "KALSHI-ACCESS-SIGNATURE", "KALSHI-ACCESS-TIMESTAMP")
-_HTTP_FAULTS = tuple(kind for kind in HTTP_KINDS if kind.startswith("http_"))
+_HTTP_FAULTS = tuple(kind for kind in HTTP_KINDS if kind in ("http_429", "http_5xx", "http_slow", "http_cut"))
+_EARLIEST_US, _LATEST_US = 0, 1 << 62
 _TIME_FAMILIES = ("created", "updated", "close", "settled")
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -62,17 +67,54 @@ def _cursor(value: Any) -> str:
     return base64.urlsafe_b64encode(json.dumps(value).encode()).decode().rstrip("=")
 
 
-class Rest:
-    """Serves one engine's world over HTTP."""
+class ReadLimit:
+    """Kalshi's bucket for reads: ten tokens a request, two seconds' worth of them at most, one bucket an account.
 
-    def __init__(self, engine: Engine, keys: KeyRing | None, about: dict[str, Any]) -> None:
+    Who does not sign shares the bucket of his address. `per_second` is in requests; 0 is no limit.
+    """
+
+    def __init__(self, per_second: float) -> None:
+        self.per_second = per_second
+        self.refused = 0
+        self._buckets: dict[str, tuple[float, float]] = {}
+
+    def take(self, account: str, now_s: float) -> bool:
+        """Take one request's tokens; False where there are none."""
+        if not self.per_second:
+            return True
+        full = self.per_second * _READ_BURST_S
+        left, at_s = self._buckets.get(account, (full, now_s))
+        left = min(full, left + (now_s - at_s) * self.per_second)
+        taken = left >= 1
+        self._buckets[account] = left - taken, now_s
+        self.refused += not taken
+        return taken
+
+
+class Rest:
+    """Serves one engine's world, and what was before it, over HTTP."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        history: History,
+        keys: KeyRing | None,
+        about: dict[str, Any],
+        *,
+        cutoff_days: float,
+        reads_per_second: float,
+    ) -> None:
         self.engine = engine
+        self.history = history
         self.keys = keys
         self.about = about
+        self.cutoff_days = cutoff_days
+        self.limit = ReadLimit(reads_per_second)
         self.pages = 0
         self._cache: dict[str, tuple[float, bytes]] = {}
         self._cache_bytes = 0
         self._cache_world = -1, 0
+        self._tails: dict[str, list[bytes]] = {}
 
     def application(self) -> web.Application:
         """Return the aiohttp application."""
@@ -104,6 +146,8 @@ class Rest:
         app.router.add_post("/sim/clock", self._sim_clock)
         app.router.add_post("/sim/keys", self._sim_keys)
         app.router.add_post("/sim/rate", self._sim_rate)
+        app.router.add_post("/sim/cutoff", self._sim_cutoff)
+        app.router.add_post("/sim/limits", self._sim_limits)
         return app
 
     @web.middleware
@@ -111,6 +155,9 @@ class Rest:
         path = request.path
         if path.startswith(PREFIX):
             self.pages += 1
+            account = request.headers.get("KALSHI-ACCESS-KEY") or request.remote or ""
+            if not self.limit.take(account, asyncio.get_running_loop().time()):
+                return self._too_many("flat" if self.limit.refused % 2 else "nested")
             fault = self.engine.faults.over_http(_HTTP_FAULTS, path.removeprefix(PREFIX))
             if fault is not None:
                 answer = await self._faulty(request, fault.order)
@@ -133,13 +180,18 @@ class Rest:
             return error_response(405, "method_not_allowed", "method not allowed")
 
     @staticmethod
+    def _too_many(body: str) -> web.Response:
+        """Refuse a request as documented (flat) or as observed (nested)."""
+        flat = {"error": "too many requests"}
+        nested = {"error": {"code": "too_many_requests", "message": "too many requests"}}
+        return web.json_response(flat if body == "flat" else nested, status=429)
+
+    @staticmethod
     async def _faulty(request: web.Request, order: Order) -> web.StreamResponse | None:
         """Answer as a fault wants it, or return None where the answer is only slow."""
         match order.fault:
             case "http_429":
-                flat = {"error": "too many requests"}
-                nested = {"error": {"code": "too_many_requests", "message": "too many requests"}}
-                return web.json_response(flat if order.body == "flat" else nested, status=429)
+                return Rest._too_many(order.body)
             case "http_5xx":
                 if order.status == 503 and order.body == "flat":
                     return web.json_response({"code": "unavailable", "message": "service unavailable"}, status=503)
@@ -238,40 +290,75 @@ class Rest:
 
     async def _markets(self, request: web.Request) -> web.Response:
         limit = self._limit(request, 100, 1_000)
-        return _json(self._market_page(request, self._candidates(request), limit))
-
-    def _candidates(self, request: web.Request) -> Iterable[Market]:
-        """Markets that may match, newest first; the narrowest index there is."""
-        world = self.engine.world
-        below = self._position(request)
-        if below is not None and not isinstance(below, int):
-            raise WrongRequestError(400, "invalid_cursor", "invalid cursor")
-        tickers = request.query.get("tickers")
-        event = world.events.get(request.query.get("event_ticker", ""))
-        found: Iterable[Market]
-        if tickers:
-            named = (world.markets.get(ticker) for ticker in dict.fromkeys(tickers.split(",")))
-            found = sorted((market for market in named if market), key=lambda market: -market.index)
-        elif event is not None:
-            found = sorted(event.markets, key=lambda market: -market.index)
-        else:
-            found = world.newest_first(below)
-        return (market for market in found if below is None or market.index < below)
-
-    def _market_page(self, request: web.Request, candidates: Iterable[Market], limit: int) -> bytes:
+        query = request.query
+        if query.get("tickers") or query.get("event_ticker"):
+            return _json(self._named_page(request, limit))
         rows: list[bytes] = []
-        cursor = ""
-        last = 0
-        for market in self._wanted(request, candidates):
+        last: Any = None
+        for row, place in self._listed(request):
             if len(rows) == limit:
-                cursor = _cursor(last)
-                break
-            rows.append(market.row())
-            last = market.index
-        return b'{"markets":[%b],"cursor":"%b"}' % (b",".join(rows), cursor.encode())
+                return _json(b'{"markets":[%b],"cursor":"%b"}' % (b",".join(rows), _cursor(last).encode()))
+            rows.append(row)
+            last = place
+        return _json(b'{"markets":[%b],"cursor":""}' % b",".join(rows))
+
+    def _named_page(self, request: web.Request, limit: int) -> bytes:
+        """Return a page of the markets that a request names; settled ones are found until the cutoff passes over them."""
+        world, after = self.engine.world, self._position(request) or 0
+        if not isinstance(after, int):
+            raise WrongRequestError(400, "invalid_cursor", "invalid cursor")
+        if tickers := request.query.get("tickers"):
+            named = [world.markets.get(ticker) for ticker in dict.fromkeys(tickers.split(","))]
+        else:
+            event = world.events.get(request.query["event_ticker"])
+            named = list(event.markets) if event is not None else []
+        listed = sorted((market for market in named if market), key=lambda market: -market.index)
+        past = (past.market for past in self._past_named(request) if past.settled_s >= self._cutoff_s())
+        listed += [market for market in past if market.ticker not in world.markets]
+        wanted = list(self._wanted(request, listed))
+        cursor = _cursor(after + limit) if after + limit < len(wanted) else ""
+        page = b",".join(market.row() for market in wanted[after : after + limit])
+        return b'{"markets":[%b],"cursor":"%b"}' % (page, cursor.encode())
+
+    def _listed(self, request: web.Request) -> Iterator[tuple[bytes, Any]]:
+        """Yield rows of the live list and their places: what is listed now, then, where asked for, what was settled lately."""
+        world, query, below = self.engine.world, request.query, self._position(request)
+        past = _past_place(below)
+        if past is None:
+            if below is not None and not isinstance(below, int):
+                raise WrongRequestError(400, "invalid_cursor", "invalid cursor")
+            for market in self._wanted(request, world.newest_first(below)):
+                yield market.row(), market.index
+        # Without such a filter the list would be that of the last two months.
+        if query.get("status") == "settled" or (query.get("series_ticker") and not query.get("status")):
+            for found, place in self._past_listed(query.get("series_ticker"), past, self._cutoff_s(), self._now_s()):
+                if found.ticker not in world.markets and any(self._wanted(request, [found])):
+                    yield found.row(), place
+
+    def _past_named(self, request: web.Request) -> list[PastMarket]:
+        """Return the past markets that a request names, the last settled first."""
+        if tickers := request.query.get("tickers"):
+            found = [past for ticker in dict.fromkeys(tickers.split(",")) if (past := self.history.market(ticker))]
+        else:
+            event = self.history.event(request.query["event_ticker"])
+            found = [PastMarket(market, event[1]) for market in event[0].markets] if event else []
+        return sorted(found, key=lambda past: (past.settled_s, past.market.ticker), reverse=True)
+
+    def _past_listed(
+        self, series: str | None, below: tuple[int, int] | None, from_s: int, to_s: int
+    ) -> Iterator[tuple[Market, tuple[int, int]]]:
+        """Yield the past markets (of a series) settled in `[from_s, to_s)`, the last first, and their places (day, index)."""
+        last_day = (to_s - 1) // _DAY_S
+        for day in range(last_day if below is None else min(below[0], last_day), from_s // _DAY_S - 1, -1):
+            for index, past in enumerate(self.history.settled_on(day, series)):
+                if from_s <= past.settled_s < to_s and (below is None or day < below[0] or index > below[1]):
+                    yield past.market, (day, index)
 
     def _find(self, request: web.Request) -> Market:
-        market = self.engine.world.markets.get(request.match_info["ticker"])
+        ticker = request.match_info["ticker"]
+        market = self.engine.world.markets.get(ticker)
+        if market is None and (past := self.history.market(ticker)) and past.settled_s >= self._cutoff_s():
+            market = past.market
         if market is None:
             raise WrongRequestError(404, "not_found", "market not found")
         return market
@@ -299,33 +386,124 @@ class Rest:
 
     async def _trades(self, request: web.Request) -> web.Response:
         limit = self._limit(request, 100, 1_000)
-        position = self._position(request)
-        if position is not None and not (isinstance(position, list) and len(position) == 2):
-            raise WrongRequestError(400, "invalid_cursor", "invalid cursor")
-        low, high = self._integer(request, "min_ts"), self._integer(request, "max_ts")
-        cutoff_s = self._cutoff_s()
+        low_s, high_s = self._integer(request, "min_ts"), self._integer(request, "max_ts")
+        low = _EARLIEST_US if low_s is None else low_s * 1_000_000
+        high = _LATEST_US if high_s is None else high_s * 1_000_000
+        cutoff = self._cutoff_s() * 1_000_000
         if request.path == f"{PREFIX}/historical/trades":
-            high = min(cutoff_s - 1, high if high is not None else cutoff_s)
+            high = min(high, cutoff - 1)
         else:
-            low = max(cutoff_s, low or 0)
-        if request.query.get("is_block_trade") == "true":
-            return _json(b'{"trades":[],"cursor":""}')
-        rows, following = self.engine.trades.page(
-            ticker=request.query.get("ticker") or None,
-            min_us=None if low is None else low * 1_000_000,
-            max_us=None if high is None else high * 1_000_000,
-            limit=limit,
-            cursor=None if position is None else (int(position[0]), int(position[1])),
+            low = max(low, cutoff)
+        blocks = {"": None, "true": True, "false": False}.get(request.query.get("is_block_trade", ""))
+        rows, following = self._tape(
+            low, high, request.query.get("ticker") or None, blocks, self._place(request), limit
         )
+        path = request.path.removeprefix(PREFIX)
+        came_by = request.query.get("cursor", "")
+        if came_by in self._tails and (fault := self.engine.faults.over_http(("http_shift",), path)):
+            # What a client sees when rows are pushed on while he pages: some that he had come again.
+            rows = [*self._tails[came_by][-(fault.order.size or 5) :], *rows]
+        if rows and (fault := self.engine.faults.over_http(("http_short",), path)):
+            rows = rows[: max(0, len(rows) - (fault.order.size or 1))]
         cursor = _cursor(following) if following else ""
+        if cursor:
+            self._tails[cursor] = rows[-_TAIL_ROWS:]
+            if len(self._tails) > _TAILS_KEPT:
+                self._tails.pop(next(iter(self._tails)))
         return _json(b'{"trades":[%b],"cursor":"%b"}' % (b",".join(rows), cursor.encode()))
 
+    def _place(self, request: web.Request) -> tuple[tuple[int, int] | None, tuple[int, int] | None]:
+        """Return where a cursor of trades stands: in the list since the first start, and in the past before it."""
+        position = self._position(request)
+        if position is None:
+            return None, None
+        match position:
+            case [[int(file), int(place)], None]:
+                return (file, place), None
+            case [None, [int(block), int(index)]]:
+                return None, (block, index)
+            case [[int(file), int(place)], [int(block), int(index)]]:
+                return (file, place), (block, index)
+            case _:
+                raise WrongRequestError(400, "invalid_cursor", "invalid cursor")
+
+    def _tape(
+        self,
+        low: int,
+        high: int,
+        ticker: str | None,
+        blocks: bool | None,
+        below: tuple[tuple[int, int] | None, tuple[int, int] | None],
+        limit: int,
+    ) -> tuple[list[bytes], list[tuple[int, int] | None] | None]:
+        """Return a page of all trades, newest first, and where the next one begins."""
+        trades, history = self.engine.trades, self.history
+        if blocks is None and not history.holds(low, high):
+            rows, place = trades.page(ticker=ticker, min_us=low, max_us=high, limit=limit, cursor=below[0])
+            return rows, [place, None] if place else None
+        if blocks is None and ticker is None and not trades.holds(low, high):
+            rows, past = history.page(low, high, below[1], limit)
+            return rows, [None, past] if past else None
+        return self._merged(low, high, ticker, blocks, below, limit)
+
+    def _merged(
+        self,
+        low: int,
+        high: int,
+        ticker: str | None,
+        blocks: bool | None,
+        below: tuple[tuple[int, int] | None, tuple[int, int] | None],
+        limit: int,
+    ) -> tuple[list[bytes], list[tuple[int, int] | None] | None]:
+        recent = self.engine.trades.newest_first(ticker, low, high, below[0])
+        past = self.history.newest_first(low, high, below[1], ticker)
+        one, other = next(recent, None), next(past, None)
+        rows: list[bytes] = []
+        places = list(below)
+        while one is not None or other is not None:
+            of_past = one is None or (other is not None and other[0] > one[0])
+            found = other if of_past else one
+            assert found is not None
+            if blocks is None or (b'"is_block_trade":true' in found[1]) == blocks:
+                if len(rows) == limit:
+                    return rows, places
+                rows.append(found[1])
+            places[of_past] = found[2]
+            if of_past:
+                other = next(past, None)
+            else:
+                one = next(recent, None)
+        return rows, None
+
     async def _historical_markets(self, request: web.Request) -> web.Response:
-        self._limit(request, 100, 1_000)
-        return _json(b'{"markets":[],"cursor":""}')
+        limit = self._limit(request, 100, 1_000)
+        query = request.query
+        asked = [name for name in ("tickers", "event_ticker", "series_ticker", "mve_filter") if query.get(name)]
+        if len(asked) > 1:
+            raise WrongRequestError(400, "bad_request", "filters are mutually exclusive")
+        if asked and asked[0] in ("tickers", "event_ticker"):
+            past = [found for found in self._past_named(request) if found.settled_s < self._cutoff_s()]
+            page = b",".join(found.market.row() for found in past[:limit])
+            return _json(b'{"markets":[%b],"cursor":""}' % page)
+        below = self._position(request)
+        place = _past_place(below)
+        if below is not None and place is None:
+            raise WrongRequestError(400, "invalid_cursor", "invalid cursor")
+        rows: list[bytes] = []
+        for market, at in self._past_listed(query.get("series_ticker"), place, self.history.first_s, self._cutoff_s()):
+            if not any(self._wanted(request, [market])):
+                continue
+            if len(rows) == limit:
+                return _json(b'{"markets":[%b],"cursor":"%b"}' % (b",".join(rows), _cursor(place).encode()))
+            rows.append(market.row())
+            place = at
+        return _json(b'{"markets":[%b],"cursor":""}' % b",".join(rows))
 
     async def _historical_market(self, request: web.Request) -> web.Response:
-        raise WrongRequestError(404, "not_found", "market not found")
+        past = self.history.market(request.match_info["ticker"])
+        if past is None or past.settled_s >= self._cutoff_s():
+            raise WrongRequestError(404, "not_found", "market not found")
+        return _json(b'{"market":%b}' % past.market.row())
 
     # -- events and series -----------------------------------------------------------------------------------------
 
@@ -351,6 +529,13 @@ class Rest:
             row = b'%b,"markets":[%b]}' % (row[:-1], markets)
         return row
 
+    def _events_of(self, tickers: set[str] | None) -> list[Event]:
+        """Return the listed events, the newest first; past ones only where they are named."""
+        if tickers is None:
+            return self.engine.world.events_newest_first()
+        named = [event for ticker in tickers if (event := self._event_of(ticker)) is not None]
+        return sorted(named, key=lambda event: (event.plan.created_s, event.ticker), reverse=True)
+
     async def _events(self, request: web.Request) -> web.Response:
         query = request.query
         combos = request.path.endswith("/multivariate")
@@ -363,7 +548,7 @@ class Rest:
         rows: list[bytes] = []
         cursor = ""
         last: Any = None
-        for event in self.engine.world.events_newest_first():
+        for event in self._events_of(tickers):
             plan = event.plan
             key = [plan.created_s, plan.ticker]
             if (
@@ -383,8 +568,13 @@ class Rest:
             last = key
         return _json(b'{"events":[%b],"cursor":"%b"}' % (b",".join(rows), cursor.encode()))
 
+    def _event_of(self, ticker: str) -> Event | None:
+        event = self.engine.world.events.get(ticker)
+        past = self.history.event(ticker) if event is None else None
+        return past[0] if past is not None else event
+
     async def _event(self, request: web.Request) -> web.Response:
-        event = self.engine.world.events.get(request.match_info["ticker"])
+        event = self._event_of(request.match_info["ticker"])
         if event is None:
             raise WrongRequestError(404, "not_found", "event not found")
         if request.query.get("with_nested_markets") == "true":
@@ -438,7 +628,7 @@ class Rest:
         return self.engine.clock() // SECOND_NS
 
     def _cutoff_s(self) -> int:
-        return (self._now_s() - _CUTOFF_AGE_S) // 86_400 * 86_400
+        return int(self._now_s() - self.cutoff_days * _DAY_S) // _DAY_S * _DAY_S
 
     async def _status(self, request: web.Request) -> web.Response:
         resume_s = catalog.paused_until_s(self._now_s()) if self.engine.pauses else None
@@ -482,6 +672,9 @@ class Rest:
                     "trades": len(engine.trades),
                     "frames": engine.truth.frames,
                     "rest_requests": self.pages,
+                    "rest_refused": self.limit.refused,
+                    "cutoff": rfc3339(self._cutoff_s()),
+                    "history": {"trades_per_day": self.history.trades_per_day, "spans": self.history.spans},
                     "trading_paused": engine.paused,
                     "markets": {
                         "listed": len(engine.world.markets),
@@ -520,8 +713,33 @@ class Rest:
         }
         return _json(compact(book))
 
-    async def _sim_truth(self, request: web.Request) -> web.Response:
+    async def _sim_truth(self, request: web.Request) -> web.StreamResponse:
+        """Say where the log lies, or, with `date` (UTC) or `from` and `to` in seconds, list every trade of that time."""
+        query = request.query
+        if query.get("date") or query.get("from"):
+            try:
+                if on := query.get("date"):
+                    start_s = int(datetime.fromisoformat(f"{on}T00:00:00+00:00").timestamp())
+                    end_s = start_s + _DAY_S
+                else:
+                    start_s, end_s = int(query["from"]), int(query["to"])
+            except (ValueError, KeyError):
+                raise WrongRequestError(400, "bad_request", "date is YYYY-MM-DD, from and to are seconds") from None
+            return await self._true_trades(request, start_s * 1_000_000, end_s * 1_000_000 - 1)
         return _json(compact({"directory": self.about["truth"], "frames": self.engine.truth.frames}))
+
+    async def _true_trades(self, request: web.Request, low: int, high: int) -> web.StreamResponse:
+        """Send the rows of all trades, newest first, one a line."""
+        response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
+        await response.prepare(request)
+        below: tuple[tuple[int, int] | None, tuple[int, int] | None] = None, None
+        while True:
+            rows, following = self._tape(low, high, None, None, below, 10_000)
+            if rows:
+                await response.write(b"\n".join(rows) + b"\n")
+            if following is None:
+                return response
+            below = following[0], following[1]
 
     @staticmethod
     async def _told(request: web.Request) -> dict[str, Any]:
@@ -551,7 +769,9 @@ class Rest:
                 offset_ns = round(when.timestamp() * 1_000_000) * 1_000 - real_ns
             case _:
                 raise WrongRequestError(400, "bad_request", "one of offset_ns, advance_s, set is required")
+        before_s = self._now_s()
         engine.shift(offset_ns)
+        self.history.leapt(before_s, self._now_s())
         return _json(compact({"offset_ns": offset_ns, "now_ns": engine.clock()}))
 
     async def _sim_keys(self, request: web.Request) -> web.Response:
@@ -581,6 +801,22 @@ class Rest:
         self.engine.faults.clear()
         return _json(b"{}")
 
+    async def _sim_cutoff(self, request: web.Request) -> web.Response:
+        told = await self._told(request)
+        days = told.get("days")
+        if not isinstance(days, int | float) or days < 0:
+            raise WrongRequestError(400, "bad_request", "days is how many of the last days the live lists hold")
+        self.cutoff_days = float(days)
+        return _json(compact({"cutoff": rfc3339(self._cutoff_s())}))
+
+    async def _sim_limits(self, request: web.Request) -> web.Response:
+        told = await self._told(request)
+        rate = told.get("reads_per_second")
+        if not isinstance(rate, int | float) or rate < 0:
+            raise WrongRequestError(400, "bad_request", "reads_per_second is a number of requests, 0 for no limit")
+        self.limit = ReadLimit(float(rate))
+        return _json(compact({"reads_per_second": self.limit.per_second}))
+
     async def _sim_rate(self, request: web.Request) -> web.Response:
         told = await self._told(request)
         rate = told.get("rate")
@@ -588,6 +824,15 @@ class Rest:
             raise WrongRequestError(400, "bad_request", "rate is a number of messages a second, 0 for full speed")
         self.engine.rate = float(rate)
         return _json(compact({"rate": self.engine.rate}))
+
+
+def _past_place(cursor: Any) -> tuple[int, int] | None:
+    """Return the place in the past that a cursor of a list of markets names, None where it names none."""
+    match cursor:
+        case [int(day), int(index)]:
+            return day, index
+        case _:
+            return None
 
 
 def _has_status(market: Market, status: str) -> bool:

@@ -144,6 +144,18 @@ class TradeBook:
             last = file.number, position
         return rows, None
 
+    def holds(self, min_us: int, max_us: int) -> bool:
+        """Tell whether any trade lies in the inclusive interval."""
+        return any(bisect_left(file.times_us, min_us) < bisect_right(file.times_us, max_us) for file in self._files)
+
+    def newest_first(
+        self, ticker: str | None, min_us: int, max_us: int, below: tuple[int, int] | None
+    ) -> Iterator[tuple[int, bytes, tuple[int, int]]]:
+        """Yield `(time, row, cursor)` of the trades in the inclusive interval, from the newest below `below` down."""
+        self.flush()
+        for file, position in self._positions(ticker, min_us, max_us, below):
+            yield file.times_us[position], file.row(position), (file.number, position)
+
     def _positions(
         self, ticker: str | None, min_us: int | None, max_us: int | None, cursor: tuple[int, int] | None
     ) -> Iterator[tuple[_File, int]]:

@@ -325,6 +325,23 @@ def _compact(fields: dict[str, Any]) -> bytes:
     return json.dumps(fields, separators=(",", ":")).encode()
 
 
+class Fate(NamedTuple):
+    """When an event's markets are determined and settled, in seconds since the epoch."""
+
+    determined_s: int
+    settled_s: int
+
+
+def plan_fate(seed: int, plan: EventPlan) -> Fate:
+    """Return the end that an event comes to; what else happens to it is drawn from the same source, behind it."""
+    return _fate(random.Random(f"{seed}/{plan.ticker}/fate"), plan)
+
+
+def _fate(rng: random.Random, plan: EventPlan) -> Fate:
+    determined_s = plan.ends_s + rng.randint(5, 90)
+    return Fate(determined_s, determined_s + min(1_800, int(rng.lognormvariate(5.88, 0.6))))
+
+
 class Change(NamedTuple):
     """Something that time did, for the socket to tell."""
 
@@ -460,6 +477,24 @@ class World:
                 market.closing_clock = market.clock + 1
         self.version += 1
 
+    def tape_of(self, series: Series, plan: MarketPlan) -> Tape:
+        """Return the tape that a market's book is played from."""
+        tapes = self._tapes[series.grid.name]
+        return tapes[min(len(tapes) - 1, plan.centre * len(tapes) // ONE_DOLLAR)]
+
+    def past_event(self, plan: EventPlan, plans: Iterable[MarketPlan]) -> Event:
+        """Return an event that was settled long ago, with its markets; it is in no list of this world."""
+        event, fate = Event(plan), plan_fate(self.seed, plan)
+        rng = random.Random(f"{self.seed}/{plan.ticker}/{Happening.DETERMINED}")
+        for number, market_plan in enumerate(plans):
+            market = Market(self.seed, 0, 0, number, event, market_plan, self._tapes[plan.series.grid.name])
+            market.status, market.close_s, market.built, market.closing_clock = "finalized", plan.ends_s, True, 1
+            market.determined_s, market.settled_s = fate
+            market.updated_s = fate.settled_s
+            market.result = "yes" if rng.random() * ONE_DOLLAR < market_plan.centre else "no"
+            event.markets.append(market)
+        return event
+
     def _new_market(self, number: int, event: Event, plan: MarketPlan) -> Market:
         tapes = self._tapes[event.plan.series.grid.name]
         # No market ever begins where one of the same name has been before, whatever was done to the clock.
@@ -511,8 +546,7 @@ class World:
         """Return all that will ever happen to an event after its creation, in order."""
         plan = event.plan
         rng = random.Random(f"{self.seed}/{plan.ticker}/fate")
-        determined_s = plan.ends_s + rng.randint(5, 90)
-        settled_s = determined_s + min(1_800, int(rng.lognormvariate(5.88, 0.6)))
+        determined_s, settled_s = _fate(rng, plan)
         steps = [(plan.open_s, Happening.OPENED), (plan.ends_s, Happening.CLOSED), (determined_s, Happening.DETERMINED),
                  (settled_s, Happening.SETTLED), (settled_s + KEPT_AFTER_SETTLEMENT_S, Happening.DROPPED)]  # fmt: skip
         if plan.series.rhythm is catalog.Rhythm.QUARTER:

@@ -23,6 +23,7 @@ import obstore
 import obstore.exceptions
 from obstore.store import LocalStore, S3Store
 
+from ssmd_dagster.crash_points import reached
 from ssmd_dagster.environments.models import Environment
 from ssmd_dagster.errors import ConfigurationError, NotFoundError, SsmdError, UnreachableError
 
@@ -177,6 +178,7 @@ class LocalObjectStore(ObjectStore):
             self._remove_leftovers(name)
             try:
                 _write_durably(temporary, content)
+                reached("objects.create.written")
                 _make_folder(target.parent)
                 try:
                     os.link(temporary, target)
@@ -184,6 +186,7 @@ class LocalObjectStore(ObjectStore):
                     # Whoever wrote it may have been killed before this line; the object must stay once it was seen.
                     _sync_folder(target.parent)
                     raise ObjectExistsError("the object exists already", where=str(target)) from error
+                reached("objects.create.linked")
                 _sync_folder(target.parent)
             finally:
                 temporary.unlink(missing_ok=True)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from hashlib import sha256
 from typing import Literal
 
 import msgspec
+import nats.js.errors
 import redis.asyncio
 import redis.exceptions
 from nats.js import JetStreamContext, api
@@ -20,11 +21,19 @@ from nats.js import JetStreamContext, api
 from ssmd_dagster.errors import NotFoundError, RefusedError
 from ssmd_dagster.exchange import Market
 from ssmd_dagster.stores.cache import redis_errors, rfc3339, text
-from ssmd_dagster.stores.jetstream import Publisher, ensure_stream, wait_connected
+from ssmd_dagster.stores.jetstream import (
+    Publisher,
+    StreamReader,
+    ensure_stream,
+    nats_errors,
+    read_up_to,
+    wait_connected,
+)
 
 _ATTEMPTS = 3
 _IN_FLIGHT = 500
 _PUBLISH_TIMEOUT_S = 10.0
+_READ_TIMEOUT_S = 10.0
 _KEEP_S = 400 * 86_400
 """Changes are kept for 400 days; each day's tables hold the security master of that day for ever."""
 _SETTLED = frozenset({"settled", "finalized"})
@@ -181,12 +190,42 @@ class SecurityMaster:
             ]
             await asyncio.gather(*acks)
 
+    async def known(self, open_ns: int, close_ns: int) -> list[Market]:
+        """Return the markets that were listed at any time in `[open_ns, close_ns)`, as last known before its end.
+
+        Made of the stream of changes, so that it is the same whenever it is asked for. Sorted by ticker.
+        """
+        with nats_errors(self._js, f"reading {self.stream}"):
+            try:
+                last_seq = (await self._js.stream_info(self.stream)).state.last_seq
+            except nats.js.errors.NotFoundError:
+                return []
+        known: dict[str, Market] = {}
+        decode = msgspec.json.Decoder(MarketChange).decode
+        async with StreamReader(self._js, self.stream, [self.subject]) as reader:
+            async for messages in read_up_to(reader, last_seq, _READ_TIMEOUT_S):
+                for change in map(decode, (message.data for message in messages)):
+                    if change.at_ns >= close_ns:
+                        continue
+                    if change.event == "market_settled" and change.at_ns < open_ns:
+                        known.pop(change.ticker, None)
+                    elif (market := change.new or change.old) is not None:
+                        known[change.ticker] = market
+        return [known[ticker] for ticker in sorted(known)]
+
     async def markets(self) -> list[Market]:
         """Return all open markets, sorted by ticker."""
         with redis_errors(self._redis):
             rows = await self._redis.hvals(self._markets)
         decode = msgspec.json.Decoder(Market).decode
         return sorted((decode(row) for row in rows), key=lambda market: market.ticker)
+
+    async def each(self) -> AsyncIterator[Market]:
+        """Yield all open markets, in no order, some at a time: memory does not grow with their number."""
+        decode = msgspec.json.Decoder(Market).decode
+        with redis_errors(self._redis):
+            async for _, row in self._redis.hscan_iter(self._markets, count=1000):
+                yield decode(row)
 
     async def get(self, ticker: str) -> Market:
         """Return one open market.

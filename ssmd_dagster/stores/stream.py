@@ -33,6 +33,7 @@ _LIST_BATCH = 2000
 _CONSUME_BATCH = 64
 _MAX_LAG = 2000
 _HEADERS_BYTES = 1024
+NO_BATCH = -1
 
 
 class BatchTooLargeError(SsmdError):
@@ -48,7 +49,10 @@ class BatchId(NamedTuple):
 
 
 class RawBatch(NamedTuple):
-    """One message of the stream: a batch's identity, its bytes, and how many messages stand behind it."""
+    """One message of the stream: a batch's identity, its bytes, and how many messages stand behind it.
+
+    A message that no recorder of ours published, without the headers of one, has the number `NO_BATCH`.
+    """
 
     seq: int
     id: BatchId
@@ -145,7 +149,8 @@ class RawStream:
         found: dict[BatchId, int] = {}
         async with StreamReader(self._js, self.stream, [subject], headers_only=True, batch=_LIST_BATCH) as reader:
             async for messages in read_up_to(reader, last_seq, _READ_TIMEOUT_S):
-                found.update((batch.id, batch.records) for batch in map(_raw_batch, messages))
+                read = map(_raw_batch, messages)
+                found.update((batch.id, batch.records) for batch in read if batch.id.batch != NO_BATCH)
         return found
 
     def consume(self, date: str) -> RawConsumer:
@@ -243,7 +248,10 @@ class RawTail(RawConsumer):
 
 def _raw_batch(message: StreamMessage) -> RawBatch:
     _, _, date, channel, conn = message.subject.split(".")
-    number = message.headers[api.Header.MSG_ID].split("/")[2]
-    identity = BatchId(decode_token(conn), decode_token(channel), int(number))
-    records = int(message.headers[RECORDS_HEADER])
+    try:
+        number = int(message.headers[api.Header.MSG_ID].split("/")[2])
+        records = int(message.headers[RECORDS_HEADER])
+    except (KeyError, IndexError, ValueError):
+        number, records = NO_BATCH, 0
+    identity = BatchId(decode_token(conn), decode_token(channel), number)
     return RawBatch(message.seq, identity, decode_token(date), records, message.data, message.pending)

@@ -12,7 +12,7 @@ import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 from ssmd_dagster.archive.readback import Readback
 from ssmd_dagster.crash_points import reached
@@ -24,6 +24,9 @@ from ssmd_dagster.day.states import EventName
 from ssmd_dagster.errors import RefusedError, SsmdError, UnreachableError
 from ssmd_dagster.workflows.desk import Desk, Kind, Progress
 from ssmd_dagster.workflows.lease import Lease
+
+if TYPE_CHECKING:
+    from ssmd_dagster.workflows.verify import Verdict
 
 TRY_AGAIN_AFTER_S = 2.0
 CLEAN_UP_TIMEOUT_S = 60.0
@@ -65,7 +68,8 @@ class Options:
     """What an operator or a roll may ask of a verb.
 
     A roll starts the new day with `rolled_from`, ACTIVE not before `boundary_ns` (None: as soon as it is ready), and ends the
-    old one with `rolling` (its clients stay connected), its window closed at `close_ns`.
+    old one with `rolling` (its clients stay connected), its window closed at `close_ns`. Of `share` replays side by side each
+    has its part of the exchange's rate.
     """
 
     mode: Literal["live", "replay"] | None = None
@@ -75,6 +79,7 @@ class Options:
     boundary_ns: int | None = None
     rolling: bool = False
     close_ns: int | None = None
+    share: int = 1
 
 
 @dataclass
@@ -88,6 +93,7 @@ class Attempt:
     already: bool = False
     readback: Readback | None = None
     ledger: Ledger | None = None
+    verdict: Verdict | None = None
     _day: TradingDay | None = None
     _lease: Lease | None = None
     _done: list[str] = field(default_factory=list)

@@ -4,31 +4,41 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
-import msgspec
-
-from ssmd_dagster import __version__
-from ssmd_dagster.archive.layout import day_prefix, manifest_key
-from ssmd_dagster.archive.readback import Readback
+from ssmd_dagster.archive.layout import day_prefix
 from ssmd_dagster.capture.archiver import COMPONENT as ARCHIVER
 from ssmd_dagster.capture.control import control_subject, request
 from ssmd_dagster.capture.gateway import COMPONENT as GATEWAY
 from ssmd_dagster.capture.programs import audit_program, connector_names, day_group, day_programs
-from ssmd_dagster.day.condition import condition
+from ssmd_dagster.day.condition import condition, gaps_within
 from ssmd_dagster.day.events import TradingDay
-from ssmd_dagster.day.payloads import Completed, EndRequested, Sealed
-from ssmd_dagster.day.seal import ConnectionEntry, JournalEntry, Manifest, SegmentEntry, root_hash, sha256_hex
+from ssmd_dagster.day.payloads import Completed, EndRequested
 from ssmd_dagster.day.states import DayState, EventName
 from ssmd_dagster.errors import RefusedError, SsmdError, UnreachableError
 from ssmd_dagster.exchange import SESSION
-from ssmd_dagster.stores.cache import rfc3339
-from ssmd_dagster.stores.objects import ObjectExistsError
 from ssmd_dagster.workflows.attempt import Attempt, Step, Verb
 from ssmd_dagster.workflows.desk import Desk
 from ssmd_dagster.workflows.lease import wait_until_gone
+from ssmd_dagster.workflows.replay import revision_note
+from ssmd_dagster.workflows.sealing import seal
 from ssmd_dagster.workflows.start import create_streams, stop_capture, wait_until
-from ssmd_dagster.workflows.verify import read_back, verify
+from ssmd_dagster.workflows.trades import close_repaired_gaps, compare_trades, line_of
+from ssmd_dagster.workflows.verify import (
+    Telling,
+    Verdict,
+    journal_verdict,
+    judge,
+    read_back,
+    reading_of,
+    refuse,
+    unexplained,
+    with_filings,
+)
+
+if TYPE_CHECKING:
+    from ssmd_dagster.workflows.normalize import Normalised
 
 VERB = "end"
 ARCHIVE_TIMEOUT_S = 4 * 3600.0
@@ -59,8 +69,9 @@ async def may_end(attempt: Attempt) -> bool:
         )
     if day.state is DayState.COMPLETE:
         if day.sealed is None and day.forced_by is None:  # cut off between the completion and the seal
-            env = desk.setting.env
-            await seal(desk, day, await read_back(desk.stores.raw, env.name, env.feed, date, lambda _key: None))
+            readback, _books, _ids = await read_back(desk, day, lambda _key: None)
+            made = await _tables(desk, day, lambda _text: None)
+            await seal(desk, day, readback, made.tables, revision=made.revision)
         return False
     if day.state is DayState.STARTING:
         raise RefusedError(
@@ -97,6 +108,8 @@ async def take(attempt: Attempt) -> TradingDay:
 async def drain_gateway(attempt: Attempt) -> str:
     """Let the gateway's clients have what is queued for them; without a roll their connections are closed."""
     desk = attempt.desk
+    if attempt.day.mode == "replay":
+        return "a replay has no clients"
     states = await desk.supervisor.states(desk.env)
     if not any(state.name == GATEWAY and state.alive for state in states):
         return "the gateway does not run"
@@ -138,21 +151,58 @@ async def verify_archive(attempt: Attempt) -> str:
     if attempt.options.force:
         attempt.tell("note", "verify", "Verification is skipped (--force)")
         return "skipped"
+    verdict = await examine(attempt)
+    refuse(desk, date, verdict)
+    attempt.readback, attempt.ledger, attempt.verdict = verdict.readback, verdict.ledger, verdict
+    return f"{verdict.readback.records:,} records in {len(verdict.readback.segments)} segments read back"
+
+
+async def examine(attempt: Attempt) -> Verdict:
+    """Have the archiver finish, read everything back, ask the exchange for its trades, record those that are missing, judge.
+
+    Where nothing differs, the tables are made. The verdict is journaled, and so is what became of the gaps.
+    """
+    desk, date = attempt.desk, attempt.date
     deadline = _Deadline(attempt)
+    await desk.supervisor.ensure_group(day_group(desk.env, date), day_programs(desk.setting, date))
+    await desk.supervisor.start(day_group(desk.env, date), ARCHIVER)
     while (status := await _archiver(attempt, "status", deadline))["backlog"]:
         await deadline.wait(attempt, f"{status['backlog']} batches to go {status['error'] or ''}".rstrip())
     await _flush(attempt, deadline)
-    await desk.supervisor.stop(day_group(desk.env, date), ARCHIVER)
     day = await desk.book.day(date)
     assert day is not None
-    read = 0
+    telling = Telling(lambda text: attempt.tell("note", "verify", text))
+    async with reading_of(desk, day, telling.read) as reading:
+        await reading.read_new()
+        compared = await compare_trades(desk, day, reading.ids, repair=True, tell=telling.say)
+        if compared.recorded:
+            await _flush(attempt, deadline)
+            await reading.read_new()
+        await desk.supervisor.stop(day_group(desk.env, date), ARCHIVER)
+        readback, books = await reading.finish()
+    await close_repaired_gaps(desk, day, compared, line_of(compared, reading.ids), reading.ids)
+    day = await desk.book.day(date)
+    assert day is not None
+    verdict = await judge(desk, day, readback, books, compared, reading.ids)
+    if not verdict.faults:
+        verdict = await _with_tables(desk, day, verdict, telling)
+    await journal_verdict(desk, day, verdict)
+    return verdict
 
-    def told(_key: str) -> None:
-        nonlocal read
-        read += 1
 
-    attempt.readback, attempt.ledger = await verify(desk, day, told)
-    return f"{attempt.readback.records:,} records in {read} segments read back"
+async def _tables(desk: Desk, day: TradingDay, told: Callable[[str], None]) -> Normalised:
+    from ssmd_dagster.workflows.normalize import normalise  # loads pyarrow, which most commands have no use for
+
+    return await normalise(desk, day, told=told)
+
+
+async def _with_tables(desk: Desk, day: TradingDay, verdict: Verdict, telling: Telling) -> Verdict:
+    """Make the day's tables and file every record that was read back."""
+    made = await _tables(desk, day, telling.say)
+    ledger = with_filings(verdict.ledger, made.filings)
+    return verdict._replace(
+        ledger=ledger, faults=(*made.damaged, *unexplained(ledger)), tables=made.tables, revision=made.revision
+    )
 
 
 async def record(attempt: Attempt) -> str:
@@ -162,14 +212,15 @@ async def record(attempt: Attempt) -> str:
     assert day is not None
     judged = condition(
         ledger=attempt.ledger,
-        gaps=day.gaps,
+        gaps=gaps_within(day.gaps, desk.window(day)),
         archived_records=attempt.readback.records if attempt.readback is not None else None,
-        source=day.mode,
+        source="live" if day.recorded else day.mode,
         forced_by=desk.actor if attempt.options.force else None,
     )
     await desk.supervisor.remove_group(day_group(desk.env, date))
     archived = attempt.readback.archived if attempt.readback is not None else {}
-    await attempt.journal(
+    before = day.completed
+    completed = await attempt.journal(
         EventName.COMPLETED,
         Completed(
             condition=judged.value,
@@ -182,79 +233,17 @@ async def record(attempt: Attempt) -> str:
             forced_by=desk.actor if attempt.options.force else None,
         ),
     )
-    if attempt.readback is not None:
-        await seal(desk, attempt.day, attempt.readback)
+    if before is not None:
+        attempt.tell("note", "record", revision_note(before, completed))
+    if attempt.verdict is not None:
+        verdict = attempt.verdict
+        await seal(desk, attempt.day, verdict.readback, verdict.tables, revision=verdict.revision)
     return judged.value
 
 
 async def finish(attempt: Attempt) -> TradingDay:
     """Return the day; recording its completion was the last step."""
     return attempt.desk.book.book.days[attempt.date]
-
-
-async def seal(desk: Desk, day: TradingDay, readback: Readback) -> None:
-    """Write the manifest of the day's revision, create-only, and append `sealed` with its hash.
-
-    Doing it again, after a crash between the two, writes the same bytes.
-    """
-    manifest = await _manifest(desk, day, readback)
-    raw = manifest.encode()
-    key = manifest_key(manifest.feed, manifest.date, manifest.revision)
-    try:
-        await desk.stores.raw.create(key, raw)
-    except ObjectExistsError as error:
-        if await desk.stores.raw.get(key) != raw:
-            raise SsmdError(
-                f"revision {manifest.revision} of the day has another manifest already",
-                where=desk.stores.raw.url(key),
-                do="Two journals write to one archive: give each environment its own bucket or prefix.",
-            ) from error
-    await desk.book.append(
-        day.date,
-        EventName.SEALED,
-        epoch=day.epoch,
-        data=Sealed(
-            manifest_sha256=sha256_hex(raw), root_hash=manifest.root_hash, revision=manifest.revision, manifest_key=key
-        ),
-    )
-
-
-async def _manifest(desk: Desk, day: TradingDay, readback: Readback) -> Manifest:
-    """Derive the manifest from the files and from the day's events up to its completion, from nothing else."""
-    env, completed = desk.setting.env, day.completed
-    assert completed is not None
-    stored = [entry for entry in await desk.stores.journal.read() if entry.event.date == day.date]
-    end = max(i for i, entry in enumerate(stored) if entry.event.event is EventName.COMPLETED)
-    events = stored[: end + 1]
-    segments = tuple(
-        SegmentEntry(key=s.key, size=s.size, sha256=s.sha256, batches=s.batches, records=s.records)
-        for s in sorted(readback.segments, key=lambda s: s.key)
-    )
-    window = desk.window(day)
-    return Manifest(
-        env=env.name,
-        feed=env.feed,
-        date=day.date,
-        open_ns=window.open_ns,
-        close_ns=window.close_ns,
-        revision=day.revision,
-        epochs=day.epochs,
-        segments=segments,
-        root_hash=root_hash(segments),
-        connections=tuple(
-            ConnectionEntry(conn=conn, epoch=readback.epochs[conn], records=counts)
-            for conn, counts in sorted(readback.by_connection.items())
-        ),
-        gaps=day.gaps,
-        ledger=day.ledger,
-        condition=completed.condition,
-        condition_reasons=completed.condition_reasons,
-        rules_version=completed.rules_version,
-        journal_seq=events[-1].seq,
-        events=tuple(JournalEntry(seq=entry.seq, event=msgspec.Raw(entry.event.encode())) for entry in events),
-        versions={"ssmd_dagster": __version__, "configuration": env.fingerprint()},
-        created_at=rfc3339(events[-1].event.at_ns),
-    )
 
 
 class _Deadline:

@@ -12,7 +12,7 @@ from typing import Any
 
 from ssmd_dagster.capture.programs import day_components
 from ssmd_dagster.day.events import TradingDay
-from ssmd_dagster.day.payloads import ErrorRaised
+from ssmd_dagster.day.payloads import ErrorRaised, Mode
 from ssmd_dagster.day.states import DayState, EventName
 from ssmd_dagster.environments.models import Environment
 from ssmd_dagster.errors import RefusedError
@@ -56,7 +56,7 @@ def _verb_for(desk: Desk, day: TradingDay) -> Verb:
             raise RefusedError(
                 f"trading day {day.date} is {day.state} and over: nothing was recorded that could be recovered",
                 where=desk.env,
-                do="A missed day is built by replay, which is not built in this version.",
+                do=f"Build it from the exchange's history: `ssmd day start {desk.env} --date {day.date} --mode replay`.",
             )
         case _:
             return START
@@ -66,12 +66,14 @@ async def may_recover(attempt: Attempt) -> bool:
     """See what a day that ran needs; False where all its processes live and have no trouble."""
     day = await attempt.desk.book.day(attempt.date)
     beats = await attempt.desk.stores.cache.heartbeats(attempt.date)
-    return day is not None and (day.state is DayState.ERROR or bool(troubles(attempt.desk.setting.env, beats)))
+    return day is not None and (
+        day.state is DayState.ERROR or bool(troubles(attempt.desk.setting.env, beats, day.mode))
+    )
 
 
-def troubles(env: Environment, beats: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def troubles(env: Environment, beats: Mapping[str, Mapping[str, Any]], mode: Mode = "live") -> list[str]:
     """Return what is wrong with the processes of a running day, by their heartbeats."""
-    gone = [f"{name} gives no heartbeat" for name in day_components(env) if name not in beats]
+    gone = [f"{name} gives no heartbeat" for name in day_components(env, mode) if name not in beats]
     return gone + [f"{name}: {beat['error']}" for name, beat in sorted(beats.items()) if beat.get("error")]
 
 
@@ -82,7 +84,7 @@ async def take(attempt: Attempt) -> TradingDay:
     assert day is not None
     if day.state is DayState.ERROR:
         return day
-    found = troubles(desk.setting.env, await desk.stores.cache.heartbeats(date))
+    found = troubles(desk.setting.env, await desk.stores.cache.heartbeats(date), day.mode)
     error = "; ".join(found) or "recovery was asked for"
     return await desk.book.append(
         date, EventName.ERROR_RAISED, reason=attempt.options.reason, data=ErrorRaised(error=error)

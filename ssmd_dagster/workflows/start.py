@@ -12,12 +12,19 @@ from typing import Any
 from ssmd_dagster.capture.archiver import COMPONENT as ARCHIVER
 from ssmd_dagster.capture.control import control_subject, request
 from ssmd_dagster.capture.gateway import COMPONENT as GATEWAY
-from ssmd_dagster.capture.programs import LIVE, connector_names, day_group, day_programs, gateway_program
+from ssmd_dagster.capture.programs import (
+    LIVE,
+    connector_names,
+    day_group,
+    day_programs,
+    gateway_program,
+    markets_subscribed,
+)
 from ssmd_dagster.day.events import TradingDay
-from ssmd_dagster.day.payloads import GapClosed, GapOpened, Started, StartRequested
+from ssmd_dagster.day.payloads import GapClosed, GapOpened, Mode, Started, StartRequested
 from ssmd_dagster.day.states import DayState, EventName
 from ssmd_dagster.errors import ConfigurationError, ExitCode, RefusedError, SsmdError, UnreachableError
-from ssmd_dagster.workflows import secmaster
+from ssmd_dagster.workflows import replay, secmaster
 from ssmd_dagster.workflows.attempt import Attempt, Step, Verb
 from ssmd_dagster.workflows.desk import Desk
 from ssmd_dagster.workflows.lease import wait_until_gone
@@ -47,16 +54,12 @@ async def may_start(attempt: Attempt) -> bool:
     calendar.check(parsed, now_ns)
     await create_streams(desk)
     day = await desk.book.day(date)
-    if day is not None and day.state is DayState.ACTIVE:
+    mode = mode_of(attempt, day)
+    if mode == "live" and day is not None and day.state is DayState.ACTIVE:
         return False
-    mode = attempt.options.mode or calendar.default_mode(parsed, now_ns)
-    if mode == "replay":
-        raise RefusedError(
-            f"trading day {date} is over, and replaying a day is not built in this version",
-            where=desk.env,
-            do=f"Today is {desk.today()}; only days whose window is open, or the one that a roll opens, can be started.",
-        )
-    if attempt.options.mode is None and now_ns < calendar.open_ns(parsed):
+    if mode == "replay" and not replay.check_replay(desk, date, day):
+        return False
+    if mode == "live" and attempt.options.mode is None and now_ns < calendar.open_ns(parsed):
         raise RefusedError(
             f"trading day {date} has not begun",
             where=desk.env,
@@ -70,6 +73,16 @@ async def may_start(attempt: Attempt) -> bool:
     if day is not None and day.state is DayState.STARTING:
         await wait_until_gone(desk, date, VERB)
     return True
+
+
+def mode_of(attempt: Attempt, day: TradingDay | None) -> Mode:
+    """Return how a day is to be started: as asked for, as it runs, else live while its window is open."""
+    if attempt.options.mode is not None:
+        return attempt.options.mode
+    if day is not None and day.state is DayState.ACTIVE:
+        return day.mode
+    desk = attempt.desk
+    return desk.calendar.default_mode(Date.fromisoformat(attempt.date), desk.setting.clock())
 
 
 async def create_streams(desk: Desk) -> None:
@@ -87,14 +100,16 @@ async def take(attempt: Attempt) -> TradingDay:
         day = await desk.book.append(date, EventName.DEFINED)
     again = day.state is DayState.COMPLETE
     now_ns = desk.setting.clock()
+    mode = mode_of(attempt, day)
+    by_calendar = mode == "replay" or day.ever_active or _opens_by_calendar(attempt)
     data = StartRequested(
-        mode="live",
-        open_ns=None if day.ever_active or _opens_by_calendar(attempt) else now_ns,
+        mode=mode,
+        open_ns=None if by_calendar else now_ns,
         revision=day.revision + 1 if again else day.revision,
     )
     ended_ns = day.ended_ns
     day = await desk.book.append(date, EventName.START_REQUESTED, reason=attempt.options.reason, data=data)
-    if again and ended_ns is not None:
+    if again and ended_ns is not None and mode == "live":
         gap_id = f"gap-{day.epoch}-operator-stop"
         await desk.book.append(
             date, EventName.GAP_OPENED, data=GapOpened(gap_id=gap_id, cause="operator_stop", from_ns=ended_ns)
@@ -118,6 +133,8 @@ async def finish(attempt: Attempt) -> TradingDay:
 
     A day that opens by the calendar and that nobody recorded from then on has a gap, `late_start`, up to here.
     """
+    if replay.is_replay(attempt):
+        return await replay.finish(attempt)
     desk, date, options = attempt.desk, attempt.date, attempt.options
     if options.boundary_ns is not None:
         left_s = (options.boundary_ns - desk.setting.clock()) / 1e9
@@ -125,13 +142,18 @@ async def finish(attempt: Attempt) -> TradingDay:
         await wait_until(desk, options.boundary_ns)
     beats = await desk.stores.cache.heartbeats(date)
     connectors = connector_names(desk.setting.env)
-    markets = max((int(beat.get("markets", 0)) for name, beat in beats.items() if name in connectors), default=0)
+    markets = markets_subscribed(desk.setting.env, beats)
     day = attempt.day
     now_ns = desk.setting.clock()
     at_once = options.rolled_from is not None and now_ns < desk.calendar.open_ns(Date.fromisoformat(date))
     first_time = not day.ever_active
+    opened_ns = now_ns if at_once else None
+    if first_time and day.open_ns is not None and opened_ns is None:
+        # Opened by hand: the window begins where the recording does, not some seconds before it.
+        up_ns = [beats[name].get("up_ns") for name in connectors if name in beats]
+        opened_ns = max((ns for ns in up_ns if ns is not None), default=None)
     started = await attempt.journal(
-        EventName.STARTED, Started(open_ns=now_ns if at_once else None, markets=markets, connections=len(connectors))
+        EventName.STARTED, Started(open_ns=opened_ns, markets=markets, connections=len(connectors))
     )
     open_ns = desk.window(started).open_ns
     if first_time and open_ns < now_ns and day.open_ns is None and not _still_recorded(desk, options.rolled_from):
@@ -155,12 +177,16 @@ async def wait_until(desk: Desk, at_ns: int) -> None:
 
 async def sync_security_master(attempt: Attempt) -> str:
     """Bring in the markets to record."""
+    if replay.is_replay(attempt):
+        return await replay.sync_markets(attempt)
     result = await secmaster.sync(attempt.desk, attempt.date)
     return f"{result.total} markets ({result.added} new, {result.updated} changed, {result.settled} settled)"
 
 
 async def start_connector(attempt: Attempt) -> str:
     """Bring the connectors up and wait until the exchange has acknowledged all subscriptions."""
+    if replay.is_replay(attempt):
+        return await replay.fetch(attempt)
     desk, date = attempt.desk, attempt.date
     group = day_group(desk.env, date)
     await desk.supervisor.ensure_group(group, day_programs(desk.setting, date))
@@ -171,10 +197,10 @@ async def start_connector(attempt: Attempt) -> str:
         await desk.supervisor.start(group, name)
     # All come up side by side; each step waits for its own.
     await desk.supervisor.start(desk.env, GATEWAY)
-    markets = 0
-    for name in names:
-        beat = await wait_for_heartbeat(desk, date, name, lambda beat: beat["state"] == "subscribed")
-        markets = max(markets, int(beat["markets"]))
+    beats = {
+        name: await wait_for_heartbeat(desk, date, name, lambda beat: beat["state"] == "subscribed") for name in names
+    }
+    markets = markets_subscribed(desk.setting.env, beats)
     return f"{markets} markets subscribed over {len(names)} connection{'s' if len(names) > 1 else ''}"
 
 
@@ -182,7 +208,8 @@ async def start_archiver(attempt: Attempt) -> str:
     """Bring the archiver up; the stream holds what came before it."""
     desk, date = attempt.desk, attempt.date
     group = day_group(desk.env, date)
-    await desk.supervisor.ensure_group(group, day_programs(desk.setting, date))
+    if not replay.is_replay(attempt):
+        await desk.supervisor.ensure_group(group, day_programs(desk.setting, date))
     await desk.supervisor.start(group, ARCHIVER)
     await wait_for_heartbeat(desk, date, ARCHIVER, lambda beat: beat["state"] == "archiving")
     return ""
@@ -190,6 +217,8 @@ async def start_archiver(attempt: Attempt) -> str:
 
 async def start_gateway(attempt: Attempt) -> str:
     """Bring the environment's gateway up; one that runs already is left alone, with its clients."""
+    if replay.is_replay(attempt):
+        return await replay.skip_gateway(attempt)
     desk = attempt.desk
     await desk.supervisor.ensure_group(desk.env, [gateway_program(desk.setting)])
     await desk.supervisor.start(desk.env, GATEWAY)
@@ -199,6 +228,8 @@ async def start_gateway(attempt: Attempt) -> str:
 
 async def health_check(attempt: Attempt) -> str:
     """See that frames flow into the archive's way, or that the exchange says that it is closed."""
+    if replay.is_replay(attempt):
+        return await replay.check_counts(attempt)
     desk, date = attempt.desk, attempt.date
     connectors = connector_names(desk.setting.env)
     await request(desk.stores.nc, control_subject(desk.env, ARCHIVER, date), "status")

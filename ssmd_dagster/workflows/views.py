@@ -95,9 +95,10 @@ async def view(desk: Desk, day: TradingDay) -> DayView:
     stats = await desk.stores.cache.stats(day.date) if running else None
     components = await desk.stores.cache.heartbeats(day.date) if running else {}
     state, error = day.state, day.error
-    if day.state is DayState.ACTIVE and (found := troubles(desk.setting.env, components)):
+    if day.state is DayState.ACTIVE and (found := troubles(desk.setting.env, components, day.mode)):
         error = "; ".join(found)
-        if any(name not in components for name in day_components(desk.setting.env)):
+        needed = day_components(desk.setting.env, day.mode)
+        if any(name not in components or components[name].get("state") == "error" for name in needed):
             state = DayState.ERROR
     counted = stats.messages if stats is not None else 0
     return DayView(

@@ -14,7 +14,7 @@ import msgspec
 
 from ssmd_dagster.archive.batch import Batch, read_last
 from ssmd_dagster.archive.layout import segment_key
-from ssmd_dagster.archive.readback import DayReadback, Readback
+from ssmd_dagster.archive.readback import DayReadback, Readback, See
 from ssmd_dagster.archive.segment import SegmentWriter
 from ssmd_dagster.capture.recorder import Flush, Origin, Recorder, seal
 from ssmd_dagster.capture.spool import read_spool
@@ -159,9 +159,9 @@ def build_segments(
     return segments
 
 
-def read_segments(segments: Segments, *, env: str = "kalshi-sim", date: str = DATE) -> Readback:
-    """Read a day back as `workflows.verify` does."""
-    readback = DayReadback(env, date)
+def read_segments(segments: Segments, *, env: str = "kalshi-sim", date: str = DATE, see: See | None = None) -> Readback:
+    """Read a day back as `workflows.reading` does."""
+    readback = DayReadback(env, date, see=see)
     for key, (channel, number, data) in sorted(segments.items(), key=lambda item: (item[1][0] != SESSION, item[0])):
         readback.feed(key, channel, number, data)
     return readback.finish(lambda key, start, length: segments[key][2][start : start + length])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import errno
 import os
 import random
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -405,16 +406,85 @@ async def test_what_is_no_batch_is_passed_over_and_a_repaired_copy_is_taken(
     await assert_whole(stores, env, [recording])
 
 
-async def test_a_hole_among_the_segments_stops_the_archiver(setting: Setting, stores: Stores, epoch: int) -> None:
-    """Nothing is built on a log whose beginning is gone; the error names the object."""
+async def test_a_hole_among_the_segments_stops_the_archiver_until_it_is_mended(
+    setting: Setting, stores: Stores, epoch: int
+) -> None:
+    """Nothing is built on a log whose beginning is gone; the error names the object, and its return is enough."""
     env = setting.env.name
+    recordings = two_connections(env)
+    batches = batches_of(recordings)
     async with running(setting, stores, epoch):
-        await publish(stores, batches_of(two_connections(env)))
+        await publish(stores, batches[:-5])
         await flush(stores, env)
-    key = segment_key(FEED, DATE, "trade", 0)
-    Path(stores.raw.url(key)).unlink()
-    with pytest.raises(SsmdError, match="number 0 is missing"):
-        await Archiver(setting, stores, DATE, epoch).run(asyncio.Event())
+    segment = Path(stores.raw.url(segment_key(FEED, DATE, "trade", 0)))
+    kept = segment.read_bytes()
+    segment.unlink()
+    archiver, stop = Archiver(setting, stores, DATE, epoch), asyncio.Event()
+    task = asyncio.create_task(archiver.run(stop))
+    await eventually(lambda: archiver._status()["state"] == "error")
+    assert "number 0 is missing" in archiver._status()["error"]
+    assert archiver._status()["exit_code"] == 1
+    segment.write_bytes(kept)
+    await publish(stores, batches[-5:])
+    await flush(stores, env)
+    assert (archiver._status()["state"], archiver._status()["error"]) == ("archiving", None)
+    stop.set()
+    await task
+    await assert_whole(stores, env, recordings)
+
+
+async def test_a_full_local_disk_stops_the_archiver_until_there_is_room(
+    setting: Setting, stores: Stores, epoch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever write fails, no part of a batch gets into the store; the next attempts begin from the store alone."""
+    env = setting.env.name
+    recordings = two_connections(env)
+    room, write, chance = False, os.write, random.Random(3)
+
+    def no_room(fd: int, data: Any) -> int:
+        if room or chance.random() < 0.5:
+            return write(fd, data)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    async with running(setting, stores, epoch) as archiver:
+        monkeypatch.setattr(os, "write", no_room)
+        await publish(stores, batches_of(recordings))
+        archiver._flush_wanted.set()
+        await eventually(lambda: archiver._status()["state"] == "error")
+        assert "No space left on device" in archiver._status()["error"]
+        room = True
+        await flush(stores, env)
+        assert (archiver._status()["state"], archiver._status()["error"]) == ("archiving", None)
+    await assert_whole(stores, env, recordings)
+
+
+async def test_what_the_store_gives_back_differently_is_no_success(
+    setting: Setting, stores: Stores, epoch: int
+) -> None:
+    """A put is believed once the object has been read back; the spoilt one is named, and put again when it is moved away."""
+    spoilt: list[Path] = []
+
+    def disturb(when: str, key: str) -> None:
+        if when == "after" and not spoilt:
+            path = Path(stores.raw.url(key))
+            data = bytearray(path.read_bytes())
+            data[len(data) // 2] ^= 1
+            path.chmod(0o600)
+            path.write_bytes(data)
+            spoilt.append(path)
+
+    env = setting.env.name
+    recordings = two_connections(env, frames=40)
+    async with running(setting, disturbed(stores, disturb), epoch) as archiver:
+        await publish(stores, batches_of(recordings))
+        archiver._flush_wanted.set()
+        await eventually(lambda: archiver._status()["error"])
+        assert str(spoilt[0]) in archiver._status()["error"]
+        await asyncio.sleep(0.1)  # tried again some times, and not taken for another archiver's
+        assert str(spoilt[0]) in archiver._status()["error"]
+        spoilt[0].unlink()
+        await flush(stores, env)
+    await assert_whole(stores, env, recordings)
 
 
 @pytest.mark.parametrize("content", [b"", b"cut", b"x" * 200_000])

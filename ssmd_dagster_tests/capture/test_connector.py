@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import errno
 import json
+import threading
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,26 @@ import pytest
 from ssmd_dagster.archive.records import parse_record
 from ssmd_dagster.capture import connector as connector_module
 from ssmd_dagster.capture import pipeline as pipeline_module
+from ssmd_dagster.capture import recorder as recorder_module
 from ssmd_dagster.capture.connector import Connector
 from ssmd_dagster.capture.gaps import gaps_between
 from ssmd_dagster.capture.setting import Setting
 from ssmd_dagster.capture.spool import SpoolWriter, read_spool, spool_path, spooled_connections, spooled_records
+from ssmd_dagster.capture.watch import ClockStep, Stalled, Suspended, read_clocks
+from ssmd_dagster.clock import system_clock
 from ssmd_dagster.environments.home import spool_dir
 from ssmd_dagster.errors import ConfigurationError, UnreachableError
-from ssmd_dagster.exchange import Envelope, FrameSink, Market, MarketSelection, Subscription, unlisted_market
+from ssmd_dagster.exchange import (
+    Closed,
+    Envelope,
+    FrameSink,
+    Market,
+    MarketLimitError,
+    MarketNews,
+    MarketSelection,
+    Subscription,
+    unlisted_market,
+)
 from ssmd_dagster.stores.connect import Stores
 from ssmd_dagster.stores.daybook import DayBook
 from ssmd_dagster_tests import servers
@@ -65,7 +79,11 @@ class FakeConnection:
         """Acknowledge, or fail as the exchange was told to."""
         if self.exchange.subscribe_errors:
             raise self.exchange.subscribe_errors.pop(0)
-        return [Subscription(channel=channel, sid=1) for channel in channels]
+        return [Subscription(channel=channel, sid=1 + (channel != "trade")) for channel in channels]
+
+    def pause_reading(self, *, paused: bool) -> None:
+        """Keep what was asked for."""
+        self.exchange.paused.append(paused)
 
     async def close(self) -> None:
         """Close the socket."""
@@ -75,7 +93,10 @@ class FakeConnection:
         """Do nothing."""
 
     async def add_markets(self, sid: int, tickers: Sequence[str]) -> None:
-        """Do nothing."""
+        """Take them, or fail as the exchange was told to."""
+        if self.exchange.add_errors:
+            raise self.exchange.add_errors.pop(0)
+        self.exchange.batches.append(len(tickers))
 
     async def delete_markets(self, sid: int, tickers: Sequence[str]) -> None:
         """Do nothing."""
@@ -88,17 +109,30 @@ class FakeExchange:
     """An exchange whose connections are in the test's hands."""
 
     channel_of_type: Mapping[str, str] = CHANNEL_OF_TYPE
+    market_channels = frozenset({"trade", "orderbook_delta"})
+    book_channels = frozenset({"orderbook_delta"})
 
     def __init__(self, setting: Setting) -> None:
         self.clock = setting.clock
+        self.listed = [unlisted_market("KX-1")]
+        self.closed_now: Closed | None = None
         self.connections: list[FakeConnection] = []
         self.connect_errors: list[Exception] = []
         self.subscribe_errors: list[Exception] = []
+        self.add_errors: list[Exception] = []
+        self.batches: list[int] = []
+        self.paused: list[bool] = []
         self.sinks: list[FrameSink] = []
 
-    async def markets(self, selection: MarketSelection) -> AsyncIterator[Market]:
-        """Yield one market."""
-        yield unlisted_market("KX-1")
+    async def listings(self, selection: MarketSelection, created_after_ns: int | None = None) -> AsyncIterator[Market]:
+        """Yield what is listed."""
+        for market in self.listed:
+            if selection.tickers is None or market.ticker in selection.tickers:
+                yield market
+
+    async def closed(self, at_ns: int) -> Closed | None:
+        """Say what the test says."""
+        return self.closed_now
 
     async def connect(self, sink: FrameSink, *, use_yes_price: bool = False) -> FakeConnection:
         """Open a connection, or fail as told to."""
@@ -110,9 +144,9 @@ class FakeExchange:
 
 
 @contextlib.asynccontextmanager
-async def recording(setting: Setting, exchange: FakeExchange) -> AsyncIterator[Connector]:
+async def recording(setting: Setting, exchange: FakeExchange, shard: str = "a") -> AsyncIterator[Connector]:
     """Run a connector until the end of the block; what it raises is raised there."""
-    connector = Connector(setting, exchange, DATE, EPOCH, "a")  # type: ignore[arg-type]
+    connector = Connector(setting, exchange, DATE, EPOCH, shard)  # type: ignore[arg-type]
     stop = asyncio.Event()
     task = asyncio.create_task(connector.run(stop))
     try:
@@ -130,6 +164,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connector_module, "RECONNECT_MIN_S", 0.02)
     monkeypatch.setattr(connector_module, "SERVERS_RETRY_AFTER_S", 0.05)
     monkeypatch.setattr(pipeline_module, "RETRY_AFTER_S", 0.02)
+    # The tests' clock ticks by being read: against the host's it would seem to be set all the time.
+    monkeypatch.setattr(connector_module, "read_clocks", lambda _: read_clocks(system_clock))
 
 
 @pytest.fixture
@@ -303,6 +339,24 @@ async def test_a_connector_records_without_servers_and_publishes_when_they_come(
     assert sum(header_of(data).header.channel == "trade" for data in whole_spool(setting)) > 0
 
 
+async def test_a_spool_that_lags_makes_the_socket_wait(
+    setting: Setting, stores: Stores, exchange: FakeExchange, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory stays flat in a burst: what cannot be written yet is not read yet."""
+    monkeypatch.setattr(connector_module, "PAUSE_AT_BYTES", 1_000)
+    monkeypatch.setattr(connector_module, "READ_ON_AT_BYTES", 500)
+    async with recording(setting, exchange) as connector:
+        await eventually(lambda: connector._status()["state"] == "subscribed")
+        holding = threading.Event()
+        connector._executor.submit(holding.wait)
+        exchange.connections[0].send(100)
+        await eventually(lambda: True in exchange.paused)
+        exchange.paused.clear()
+        holding.set()
+        await eventually(lambda: False in exchange.paused)
+    assert len(exchange.connections) == 1
+
+
 async def test_refused_credentials_end_the_connector(setting: Setting, stores: Stores, exchange: FakeExchange) -> None:
     """A person has to change something: exit code 8, which the supervisor does not retry, and the heartbeat says why."""
     exchange.connect_errors = [ConfigurationError("the exchange refused the credentials")]
@@ -351,3 +405,125 @@ async def test_silence_ends_a_connection(
         await eventually(lambda: connector._status()["conn"] == "3-a-1")
     assert "silent" in notes_of(setting, "3-a-0")
     assert exchange.connections[0].closed
+
+
+@pytest.mark.parametrize(
+    ("closed", "causes"),
+    [
+        (Closed(cause="exchange_maintenance"), ["exchange_maintenance"]),
+        (Closed(cause="closed_by_schedule", since_ns=0, until_ns=0), ["closed_by_schedule"]),
+        (None, ["connection_lost"]),
+    ],
+)
+async def test_the_exchange_is_asked_why_it_is_gone(
+    setting: Setting, stores: Stores, book: DayBook, exchange: FakeExchange, closed: Closed | None, causes: list[str]
+) -> None:
+    """Maintenance and hours without trading are no loss of the recorder's."""
+    exchange.closed_now = closed
+    async with recording(setting, exchange) as connector:
+        await eventually(lambda: connector._status()["state"] == "subscribed")
+        exchange.connect_errors = [UnreachableError("refused")] * 3
+        exchange.connections[0].send(1)
+        exchange.connections[0].drop("closed by the exchange: 1001 maintenance")
+        await eventually(lambda: connector._status()["conn"] == "3-a-4" and connector._state == "subscribed")
+        await eventually(lambda: connector._gaps.waiting == 0)
+    day = await book.day(DATE)
+    assert day is not None
+    assert [gap.cause for gap in day.gaps] == causes
+
+
+async def test_a_host_that_slept_gets_a_new_connection(
+    setting: Setting, stores: Stores, book: DayBook, exchange: FakeExchange
+) -> None:
+    """Whatever TCP believes; the gap runs from the last frame until it is up again. A clock that was set is only noted."""
+    async with recording(setting, exchange) as connector:
+        await eventually(lambda: connector._status()["state"] == "subscribed")
+        exchange.connections[0].send(1)
+        connector._found(ClockStep(5))
+        connector._found(Stalled(3.0))
+        connector._found(Suspended(3_600.0))
+        await eventually(lambda: connector._status()["conn"] == "3-a-1" and connector._state == "subscribed")
+        await eventually(lambda: connector._gaps.waiting == 0)
+    day = await book.day(DATE)
+    assert day is not None
+    assert [(gap.cause, gap.outcome) for gap in day.gaps] == [("host_suspended", "stays")]
+    assert {"clock_step", "stalled", "host_suspended"} <= set(notes_of(setting, "3-a-0"))
+    assert [lost.cause for lost in gaps_between(spool_of(setting), "a")] == ["host_suspended"]
+
+
+async def test_a_frame_that_is_not_kept_is_a_gap(
+    setting: Setting, stores: Stores, book: DayBook, exchange: FakeExchange, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Too large for a batch: a note in its place, a gap at that instant, and a number that is missing."""
+    monkeypatch.setattr(recorder_module, "MAX_FRAME_BYTES", 500)
+    async with recording(setting, exchange) as connector:
+        await eventually(lambda: connector._status()["state"] == "subscribed")
+        exchange.connections[0].send(1)
+        exchange.connections[0].send(1, pad="x" * 600)
+        exchange.connections[0].send(1)
+        await eventually(lambda: connector._status()["missing"] == 1)
+        await eventually(lambda: connector._gaps.waiting == 0)
+    day = await book.day(DATE)
+    assert day is not None
+    assert [(gap.cause, gap.scope["channel"]) for gap in day.gaps] == [
+        ("oversized", "trade"),
+        ("sequence_jump", "trade"),
+    ]
+
+
+async def test_a_market_that_is_late_is_a_gap_of_its_batch(
+    make_setting: MakeSetting, stores: Stores, book: DayBook
+) -> None:
+    """Listed when it had opened already: one gap for the batch, closed once it is subscribed; refused, it stays open."""
+    setting = make_setting(channels=["trade", "orderbook_delta"])
+    exchange = FakeExchange(setting)
+    async with recording(setting, exchange) as connector:
+        await eventually(lambda: connector._status()["state"] == "subscribed")
+        await eventually(lambda: connector._listing._complained is None)
+        for number in range(150):
+            connector._roster.hear(MarketNews(ticker=f"KX-NEW-{number}", event="listed"), setting.clock())
+        connector._listing.changed.set()
+        await eventually(lambda: connector._status()["markets"] == 151)
+        exchange.add_errors = [MarketLimitError("full")]
+        connector._roster.hear(MarketNews(ticker="KX-REFUSED", event="listed"), setting.clock())
+        connector._listing.changed.set()
+        await eventually(lambda: connector._status()["markets_left_out"] == 1)
+        await eventually(lambda: connector._gaps.waiting == 0)
+        day = await book.day(DATE)
+        assert day is not None
+        assert [
+            (gap.cause, gap.outcome, gap.scope.get("markets_count", gap.scope.get("markets"))) for gap in day.gaps
+        ] == [
+            ("not_subscribed", "stays", 150),
+            ("not_subscribed", "open", ["KX-REFUSED"]),
+        ]
+    assert {"added", "refused"} <= set(notes_of(setting, "3-a-0"))
+
+
+async def test_fifty_thousand_markets_listed_at_once_are_subscribed_in_batches(
+    make_setting: MakeSetting, stores: Stores, book: DayBook
+) -> None:
+    """Three shards take their share within seconds, none more than a connection takes."""
+    setting = make_setting(channels=["trade", "orderbook_delta"], markets={"all": True, "max": 50_000})
+    exchange = FakeExchange(setting)
+    total = 0
+    for shard in ("a", "a2", "a3"):
+        async with recording(setting, exchange, shard) as connector:
+            await eventually(lambda connector=connector: connector._status()["state"] == "subscribed")  # type: ignore[misc]
+            for number in range(50_000):
+                connector._roster.hear(MarketNews(ticker=f"KX-{number}", event="listed"), setting.clock())
+            connector._listing.changed.set()
+            wanted = len(connector._roster.tickers())
+            await eventually(lambda connector=connector, wanted=wanted: connector._status()["markets"] == wanted)  # type: ignore[misc]
+            assert connector._status()["markets_left_out"] == 0
+            total += sum(1 for ticker in connector._roster.tickers() if ticker != "KX-1")
+    assert total == 49_999
+    assert max(exchange.batches) <= 1_000
+
+
+async def test_half_the_channels_are_the_first_shards_alone(make_setting: MakeSetting, stores: Stores) -> None:
+    """What names no market is subscribed once."""
+    setting = make_setting(channels=["trade", "market_lifecycle_v2"], markets={"all": True, "max": 50_000})
+    exchange = FakeExchange(setting)
+    assert Connector(setting, exchange, DATE, EPOCH, "a")._channels == ["trade", "market_lifecycle_v2"]  # type: ignore[arg-type]
+    assert Connector(setting, exchange, DATE, EPOCH, "b2")._channels == ["trade"]  # type: ignore[arg-type]

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ssmd_dagster.capture import gaps as gaps_module
-from ssmd_dagster.capture.audit import finish_connection
+from ssmd_dagster.capture.audit import declare_gaps, finish_connection
 from ssmd_dagster.capture.gaps import BUFFER_OVERFLOW, GapLog, Life, Lost, gaps_between, life_of, tell
 from ssmd_dagster.capture.setting import Setting
 from ssmd_dagster.day.events import Gap
+from ssmd_dagster.day.payloads import GapOpened
 from ssmd_dagster.day.states import EventName
 from ssmd_dagster.stores.connect import Stores
 from ssmd_dagster.stores.daybook import DayBook
@@ -174,6 +176,111 @@ async def test_a_first_connection_that_never_came_up_is_no_gap(tmp_path: Path) -
     log.connection_lost(START_NS, "connection_lost", "3-a-0")
     log.connection_up(START_NS + 1)
     assert log.waiting == 0
+
+
+def into(notes: list[dict[str, Any]]) -> Callable[[dict[str, Any]], bool]:
+    """Return a recorder's `note_if_open` that only keeps the notes."""
+
+    def note(one: dict[str, Any]) -> bool:
+        notes.append(one)
+        return True
+
+    return note
+
+
+async def test_every_cause_of_an_absence_is_a_gap_of_its_own(tmp_path: Path) -> None:
+    """Lost, then refused, then closed by a schedule that ends before the connection is up; nothing between them."""
+    log = GapLog(tmp_path, "connector-a")
+    notes: list[dict[str, Any]] = []
+    log.connection_up(1)
+    log.connection_lost(10, None, "3-a-0")
+    assert log.waiting == 0
+    log.cause_is("rate_limited", 20)
+    log.cause_is("rate_limited", 25)
+    log.cause_is("closed_by_schedule", 30, since_ns=15, until_ns=50)
+    log.cause_is("closed_by_schedule", 40, since_ns=15, until_ns=50)
+    log.connection_up(60, into(notes))
+    assert [
+        (note["gap_id"], note["cause"], note["from_ns"], note.get("to_ns")) for note in notes if "to_ns" in note
+    ] == [
+        ("gap-3-a-0", "rate_limited", 10, 30),
+        ("gap-3-a-0-end-2", "closed_by_schedule", 30, 50),
+        ("gap-3-a-0-end-3", "connection_lost", 50, 60),
+    ]
+
+
+async def test_a_schedule_excuses_nothing_from_before_it(tmp_path: Path) -> None:
+    """What was lost before the exchange closed was just lost; a clock that was set back makes no gap negative."""
+    log = GapLog(tmp_path, "connector-a")
+    notes: list[dict[str, Any]] = []
+    log.connection_up(1)
+    log.connection_lost(10, None, "3-a-0")
+    log.cause_is("closed_by_schedule", 30, since_ns=20, until_ns=90)
+    log.cause_is_over(40)
+    log.connection_up(15, into(notes))
+    assert [(note["cause"], note["from_ns"], note["to_ns"]) for note in notes if "to_ns" in note] == [
+        ("connection_lost", 10, 20),
+        ("closed_by_schedule", 20, 40),
+        ("connection_lost", 40, 40),
+    ]
+
+
+async def test_a_cause_that_is_known_from_the_start_stays(tmp_path: Path) -> None:
+    """A crash or a full disk is no lost connection because the next attempt fails too."""
+    log = GapLog(tmp_path, "connector-a")
+    log.connection_up(1)
+    log.connection_lost(10, BUFFER_OVERFLOW, "3-a-0")
+    log.cause_is_over(20)
+    log.connection_up(30)
+    assert log.waiting == 2
+
+
+async def test_gaps_that_were_only_noted_are_told_by_the_audit(
+    tmp_path: Path, setting: Setting, stores: Stores, book: DayBook
+) -> None:
+    """What a crash left open ends with its connection; what was healed since stays healed."""
+    clock = TickingClock()
+    recording = quiet_recording("3-a-0", clock)
+    log = GapLog(tmp_path, "connector-a")
+    log.connection_up(clock(), recording.recorder.note_if_open)
+    scope = {"conn": "3-a-0", "component": "connector-a"}
+    log.open(GapOpened(gap_id="gap-3-a-0-sub-1", cause="not_subscribed", from_ns=clock(), scope=scope))
+    jump = GapOpened(gap_id="gap-3-a-0-1-5", cause="sequence_jump", from_ns=clock(), scope={**scope, "sid": 1})
+    log.declare(jump, clock())
+    log.declare(jump, clock(), "healed")
+    recording.recorder.flush()
+    recording.write(tmp_path)
+    assert await declare_gaps(tmp_path, book, DATE) == 5
+    assert await declare_gaps(tmp_path, book, DATE) == 0
+    assert {(gap.gap_id, gap.outcome) for gap in await gaps_of(book)} == {
+        ("gap-3-a-0-sub-1", "stays"),
+        ("gap-3-a-0-1-5", "healed"),
+        ("gap-3-a-0", "open"),
+    }
+    again = GapLog(tmp_path, "connector-a")
+    async with telling(again, setting, stores):
+        again.connection_up(clock())
+    assert {gap.outcome for gap in await gaps_of(book)} == {"stays", "healed"}
+
+
+async def test_the_audit_heals_what_the_second_socket_recorded(
+    tmp_path: Path, setting: Setting, stores: Stores, book: DayBook
+) -> None:
+    """Shard b was up throughout: the crash of a is no loss, nor is it told twice."""
+    clock = TickingClock()
+    second = quiet_recording("3-b-0", clock)
+    first = quiet_recording("3-a-0", clock)
+    after = quiet_recording("3-a-1", clock)
+    second.frame("trade")
+    for recording in (after, second):
+        recording.end()
+    for recording in (first, second, after):
+        recording.write(tmp_path)
+    assert await declare_gaps(tmp_path, book, DATE) == 3
+    assert await declare_gaps(tmp_path, book, DATE) == 0
+    assert [(gap.gap_id, gap.cause, gap.outcome) for gap in await gaps_of(book)] == [
+        ("gap-3-a-0", "process_crash", "healed")
+    ]
 
 
 async def test_what_the_journal_was_not_told_of_is_only_logged(

@@ -9,7 +9,7 @@ import pytest
 
 from ssmd_dagster.capture import process as process_module
 from ssmd_dagster.capture.control import control_subject, request, serve
-from ssmd_dagster.capture.process import Heartbeat, cancel, connected, current_epoch, wait_any
+from ssmd_dagster.capture.process import Heartbeat, cancel, connected, current_epoch, unless_stopped, wait_any
 from ssmd_dagster.capture.setting import Setting
 from ssmd_dagster.errors import RefusedError, SsmdError, UnreachableError
 from ssmd_dagster.stores.connect import Stores
@@ -139,3 +139,17 @@ async def test_heartbeats_go_on_when_the_cache_does_not_answer(
         await eventually(lambda: beats > 4)
     assert "heartbeat not written" in caplog.text
     await cancel(task)
+
+
+async def test_work_goes_on_unless_it_is_told_to_stop() -> None:
+    """Its result or error is passed on; a stop cancels it, however long it would have taken."""
+    stop = asyncio.Event()
+
+    async def fail() -> str:
+        raise UnreachableError("refused")
+
+    assert await unless_stopped(stop, asyncio.sleep(0, "done")) == "done"
+    with pytest.raises(UnreachableError, match="refused"):
+        await unless_stopped(stop, fail())
+    asyncio.get_running_loop().call_later(0.02, stop.set)
+    assert await asyncio.wait_for(unless_stopped(stop, asyncio.sleep(3_600, "late")), 5) is None

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ssmd_dagster.day.condition import NEVER_DEGRADE, RULES_VERSION, condition
+from ssmd_dagster.day.condition import MAX_GAPS_NAMED, NEVER_DEGRADE, RULES_VERSION, condition
 from ssmd_dagster.day.events import Gap
 from ssmd_dagster.day.ledger import Ledger, TradesLedger
 from ssmd_dagster_tests.day.test_ledger import ledgers, trade_ledger
@@ -95,3 +95,20 @@ def test_available_is_never_said_lightly(
         assert (source, forced_by, verdict.reasons) == ("live", None, ())
     else:
         assert verdict.reasons
+
+
+def test_what_a_later_verification_finds_degrades_whatever_else_is_known() -> None:
+    """Also a day that is still pending, and one without a ledger."""
+    said = ("2 faults found by a later verification",)
+    assert judge(faults=2) == ("degraded", said)
+    assert judge(faults=2, ledger=None) == ("degraded", said)
+    assert judge(faults=2, gaps=(GAP,)) == ("degraded", (*said, "gap g1 (connection_lost) stays"))
+
+
+def test_a_thousand_gaps_are_counted_by_cause_behind_the_first_ones() -> None:
+    """The reasons stay readable; what of a gap was repaired is said."""
+    gaps = [msgspec.structs.replace(GAP, gap_id=f"g{n}", detail="trades repaired") for n in range(1_000)]
+    value, reasons = judge(gaps=gaps)
+    assert (value, len(reasons)) == ("degraded", MAX_GAPS_NAMED + 1)
+    assert reasons[0] == "gap g0 (connection_lost) stays: trades repaired"
+    assert reasons[-1] == f"{1_000 - MAX_GAPS_NAMED} more gaps (connection_lost)"

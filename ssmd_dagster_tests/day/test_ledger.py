@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ssmd_dagster.day.ledger import ChannelLedger, Explanation, Ledger, TradesLedger, WireLedger
+from ssmd_dagster.day.ledger import BooksLedger, ChannelLedger, Explanation, Ledger, TradesLedger, WireLedger
 
 counts = st.none() | st.integers(0, 1_000)
 
@@ -41,6 +41,7 @@ def ledgers(draw: st.DrawFn) -> Ledger:
         trades=draw(
             st.builds(TradesLedger, exchange=counts, captured=counts, repaired=counts, missing=counts, extra=counts)
         ),
+        books=draw(st.builds(BooksLedger, points=counts, differing=counts, markets=counts)),
     )
 
 
@@ -66,6 +67,7 @@ def trade_ledger(**lines: int) -> Ledger:
         channels=(sheet,),
         wire=WireLedger(distinct=9, holes=0, duplicates=1),
         trades=TradesLedger(exchange=7, captured=7, repaired=0, missing=0, extra=0),
+        books=BooksLedger(points=4, differing=0, markets=2),
     )
 
 
@@ -131,10 +133,21 @@ def test_gaps_explain_a_difference_of_their_size(spooled: int, sizes: list[int |
 
 
 def test_the_wire_and_the_exchange_have_their_say() -> None:
-    """Holes in the exchange's numbering and trades that we lack are differences of their own."""
+    """Holes in the exchange's numbering, trades that we lack and books that differ are differences of their own."""
     ledger = msgspec.structs.replace(
         trade_ledger(),
         wire=WireLedger(distinct=9, holes=2, duplicates=0),
         trades=TradesLedger(exchange=9, captured=7, repaired=1, missing=1, extra=3),
+        books=BooksLedger(points=9, differing=4, markets=2),
     )
-    assert [(entry.name, entry.size) for entry in ledger.differences()] == [("wire: holes", 2), ("trades: missing", 1)]
+    assert [(entry.name, entry.size) for entry in ledger.differences()] == [
+        ("wire: holes", 2),
+        ("trades: missing", 1),
+        ("books: differing", 4),
+    ]
+
+
+def test_why_a_part_is_not_computed_stands_beside_its_name() -> None:
+    """As a reader and the condition see it."""
+    ledger = msgspec.structs.replace(trade_ledger(), trades=TradesLedger(), why_not={"trades": "no key"})
+    assert ledger.not_computed_briefly() == ["trades (no key)"]

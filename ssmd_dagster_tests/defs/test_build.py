@@ -22,6 +22,17 @@ def names(defs: dg.Definitions) -> dict[str, dict[str, list[str]]]:
         "jobs": {
             job.name: [f"{node}" for node in _ops(job)]
             for job in sorted(repository.get_all_jobs(), key=lambda job: job.name)
+            if not job.name.startswith("__")  # Dagster's own, for executing checks
+        },
+        "sensors": {
+            sensor.name: [str(sensor.minimum_interval_seconds)]
+            for sensor in sorted(repository.sensor_defs, key=lambda sensor: sensor.name)
+        },
+        "assets": {
+            key.to_user_string(): sorted(
+                check.name for check in repository.asset_graph.get_check_keys_for_assets({key})
+            )
+            for key in sorted(repository.asset_graph.get_all_asset_keys())
         },
         "schedules": {
             schedule.name: [schedule.job_name, str(schedule.cron_schedule), str(schedule.execution_timezone)]
@@ -82,6 +93,8 @@ def test_only_enabled_environments_have_schedules(tmp_path: Path) -> None:
     assert {schedule.name for schedule in schedules} == {
         "kalshi_sim_start_day_schedule",
         "kalshi_sim_roll_day_schedule",
+        "kalshi_sim_sync_markets_schedule",
+        "kalshi_demo_sync_markets_schedule",
         "kalshi_demo_start_day_schedule",
         "kalshi_demo_end_day_schedule",
     }
@@ -102,6 +115,7 @@ def test_a_broken_file_leaves_the_others(
     jobs = names(defs)["jobs"]
     assert {"kalshi_sim_start_day", "kalshi_demo_start_day", "broken_configuration"} <= jobs.keys()
     assert not any(name.startswith("kalshi_prod") for name in jobs)
+    assert {"journal", "kalshi_prod_configuration"} <= names(defs)["sensors"].keys()
     fault = "kalshi-prod.yaml: schedule.day_start: got '25:10'"
     assert fault in caplog.text
     job = defs.resolve_job_def("broken_configuration")
@@ -121,7 +135,12 @@ def test_a_folder_without_environments_loads(tmp_path: Path) -> None:
     """A folder that is not there is a fault like any other; the code location loads and says so."""
     defs = build_definitions(load_registry(tmp_path / "nowhere"))
     dg.Definitions.validate_loadable(defs)
-    assert names(defs) == {"jobs": {"broken_configuration": ["check_configuration"]}, "schedules": {}}
+    assert names(defs) == {
+        "jobs": {"broken_configuration": ["check_configuration"]},
+        "sensors": {"journal": ["5"]},
+        "assets": {},
+        "schedules": {},
+    }
 
 
 def test_fifty_environments_load(tmp_path: Path) -> None:
@@ -135,4 +154,4 @@ def test_fifty_environments_load(tmp_path: Path) -> None:
         changed(folder / "environments" / f"{name}.yaml", {"name": name, "enabled": True, "storage.buckets": buckets})
     defs = build_definitions(load_registry(folder))
     dg.Definitions.validate_loadable(defs)
-    assert len(names(defs)["jobs"]) == 53 * 4, json.dumps(names(defs)["jobs"])[:500]
+    assert len(names(defs)["jobs"]) == 53 * 7, json.dumps(names(defs)["jobs"])[:500]

@@ -5,74 +5,23 @@ One instance and one environment for all tests of this module, so each begins wh
 
 from __future__ import annotations
 
-import json
-import urllib.request
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 
 from ssmd_dagster.environments.home import segments_dir
+from ssmd_dagster_tests.defs.dagster_instance import (
+    ENV,
+    LOCATION,
+    LOGS,
+    PARTITIONS,
+    RETRY,
+    RUN_TIMEOUT_S,
+    TERMINATE,
+    Instance,
+)
+from ssmd_dagster_tests.environments.folders import changed
 from ssmd_dagster_tests.house import House, until
-
-ENV = "live"
-ENDED = {"SUCCESS", "FAILURE", "CANCELED"}
-RUN_TIMEOUT_S = 60.0
-LOCATION = {"repositoryLocationName": "ssmd_dagster", "repositoryName": "__repository__"}
-
-LAUNCH = """mutation($params: ExecutionParams!) { launchRun(executionParams: $params) {
-  __typename ... on LaunchRunSuccess { run { runId } } ... on PythonError { message } } }"""
-RETRY = """mutation($params: ReexecutionParams!) { launchRunReexecution(reexecutionParams: $params) {
-  __typename ... on LaunchRunSuccess { run { runId } } ... on PythonError { message } } }"""
-TERMINATE = """mutation($id: String!) { terminateRun(runId: $id) { __typename ... on PythonError { message } } }"""
-RUN = """query($id: ID!) { runOrError(runId: $id) { ... on Run {
-  status startTime endTime stepStats { stepKey status } } } }"""
-PARTITIONS = """query($name: String!, $selector: RepositorySelector!) {
-  partitionSetOrError(partitionSetName: $name, repositorySelector: $selector) { ... on PartitionSet {
-    partitionStatusesOrError { ... on PartitionStatuses { results { partitionName runStatus } } } } } }"""
-LOGS = """query($id: ID!) { logsForRun(runId: $id) { ... on EventConnection { events {
-  ... on LogMessageEvent { message } } } } }"""
-
-
-class Instance:
-    """The webserver of a house, asked as the UI asks it."""
-
-    def __init__(self, house: House) -> None:
-        self.house = house
-        self._url = json.loads((house.home / "stack.json").read_text())["dagster"]
-
-    def ask(self, query: str, **variables: Any) -> Any:
-        """Return the data of a GraphQL answer's only field."""
-        body = json.dumps({"query": query, "variables": variables}).encode()
-        request = urllib.request.Request(f"{self._url}/graphql", body, {"content-type": "application/json"})
-        with urllib.request.urlopen(request, timeout=30) as response:
-            answer = json.load(response)
-        assert "errors" not in answer, answer["errors"]
-        (value,) = answer["data"].values()
-        return value
-
-    def launch(self, verb: str) -> str:
-        """Launch a verb for today's partition and return the run's id."""
-        params = {
-            "selector": {**LOCATION, "jobName": f"{ENV}_{verb}_day"},
-            "runConfigData": {},
-            "executionMetadata": {"tags": [{"key": "dagster/partition", "value": self.house.today()}]},
-        }
-        return str(self.ask(LAUNCH, params=params)["run"]["runId"])
-
-    def run(self, run_id: str) -> dict[str, Any]:
-        """Return a run's status, times and steps."""
-        found: dict[str, Any] = self.ask(RUN, id=run_id)
-        return found
-
-    def step(self, run_id: str, step: str) -> str | None:
-        """Return the status of one step, None before it has begun."""
-        return next((entry["status"] for entry in self.run(run_id)["stepStats"] if entry["stepKey"] == step), None)
-
-    def end_of(self, run_id: str) -> dict[str, Any]:
-        """Wait for the end of a run."""
-        until(lambda: self.run(run_id)["status"] in ENDED, RUN_TIMEOUT_S)
-        return self.run(run_id)
 
 
 @pytest.fixture(scope="module")
@@ -124,3 +73,28 @@ def test_one_run_at_a_time_works_on_an_environment(dagster_instance: Instance) -
         name = f"{ENV}_{verb}_day_partition_set"
         statuses = dagster_instance.ask(PARTITIONS, name=name, selector=LOCATION)["partitionStatusesOrError"]["results"]
         assert statuses[-1] == {"partitionName": house.today(), "runStatus": "SUCCESS"}
+
+
+def test_the_catalog_knows_what_the_runs_and_the_command_line_did(dagster_instance: Instance) -> None:
+    """Seconds after a day is COMPLETE its partition is materialised, with every transition beside it."""
+    house, day = dagster_instance.house, dagster_instance.house.today()
+    until(lambda: day in dagster_instance.materialised(ENV, "trading_day"), RUN_TIMEOUT_S)
+    until(lambda: (day, "ENDING → COMPLETE") in dagster_instance.observed(ENV, "trading_day"), RUN_TIMEOUT_S)
+    assert day in dagster_instance.materialised(ENV, "raw")
+    house.ssmd("env", "pause", ENV, "--reason", "a look")
+    until(lambda: (day, "paused") in dagster_instance.observed(ENV, "trading_day"), RUN_TIMEOUT_S)
+    house.ssmd("env", "resume", ENV)
+
+
+def test_a_reload_brings_a_changed_file_in_and_a_broken_one_takes_nothing_else_away(dagster_instance: Instance) -> None:
+    """A new environment is there after a reload; broken, it is shown by a sensor of its own, and the others stay."""
+    house = dagster_instance.house
+    assert "another_start_day" not in dagster_instance.jobs()
+    house.add("another", enabled=False)
+    assert dagster_instance.reload() == "LOADED"
+    until(lambda: "another_start_day" in dagster_instance.jobs(), RUN_TIMEOUT_S)
+    changed(house.exchanges / "environments" / "another.yaml", {"schedule.day_end": "24:00"})
+    assert dagster_instance.reload() == "LOADED"
+    until(lambda: "another_start_day" not in dagster_instance.jobs(), RUN_TIMEOUT_S)
+    assert {"broken_configuration", f"{ENV}_start_day"} <= dagster_instance.jobs()
+    assert {"another_configuration", "journal", "reconcile"} <= dagster_instance.sensors()

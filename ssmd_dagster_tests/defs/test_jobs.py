@@ -108,7 +108,7 @@ def test_a_day_is_started_and_ended(in_house: House, simulated: str) -> None:
     shown = outputs(ended)
     assert list(shown) == ["drain", "flush", "stop_capture", "verify", "complete"]
     complete = shown["complete"]
-    assert (complete["state"], complete["condition"], complete["gaps"]) == ("COMPLETE", "pending", 0)
+    assert (complete["state"], complete["condition"], complete["gaps"]) == ("COMPLETE", "available", 0)
     assert complete["archive"].endswith("/".join(["kalshi", *day.split("-"), ""]))
     ledger = {record.data["channel"]: record.data for record in complete["ledger"].records}
     assert {"trade", "ticker", "orderbook_delta", "session"} <= ledger.keys()

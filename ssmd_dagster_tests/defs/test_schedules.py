@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, date, datetime, timedelta
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from zoneinfo import ZoneInfo
 
 import dagster as dg
@@ -19,13 +19,25 @@ from hypothesis import strategies as st
 from ssmd_dagster.day.calendar import TradingCalendar
 from ssmd_dagster.defs.build import build_definitions
 from ssmd_dagster.defs.schedules import before, closed_at, rolled_at, started_at
+from ssmd_dagster.defs.watch import Found, Watch
 from ssmd_dagster.environments.loader import load_registry
+from ssmd_dagster.errors import UnreachableError
 from ssmd_dagster.workflows.roll import LEAD_S
 from ssmd_dagster_tests.environments.folders import changed, copied
 
 NEW_YORK = "America/New_York"
 SPRING, AUTUMN = date(2026, 3, 8), date(2026, 11, 1)
 """Dates on which New York's clocks go forward (02:00 to 03:00) and back (02:00 to 01:00)."""
+
+
+class Away(Watch):
+    """Servers that do not answer: a tick does not depend on them."""
+
+    def look(
+        self, names: Iterable[str], work: object, *, actor: str, timeout_s: float = 1.0
+    ) -> Mapping[str, Found[Any]]:
+        """Find nothing."""
+        return {name: Found(None, UnreachableError("nobody is there")) for name in names}
 
 
 class Ticking(NamedTuple):
@@ -46,7 +58,7 @@ def schedule_of(tmp_path: Path, verb: str, *, start: str, end: str, zone: str, r
     folder = copied(tmp_path)
     changes = {"schedule": {"timezone": zone, "day_start": start, "day_end": end, "auto_roll": roll}}
     changed(folder / "environments" / "kalshi-sim.yaml", changes)
-    defs = build_definitions(load_registry(folder))
+    defs = build_definitions(load_registry(folder), watch=Away())
     repository = defs.get_repository_def()
     return Ticking(repository.get_schedule_def(f"kalshi_sim_{verb}_day_schedule"), repository)
 

@@ -28,7 +28,7 @@ from picows import (
     ws_create_server,
 )
 
-from ssmd_dagster.exchange import Envelope, ExchangeSettings
+from ssmd_dagster.exchange import Envelope, ExchangeEvent, ExchangeSettings
 from ssmd_dagster.kalshi import Kalshi
 
 REAL_DATA = Path(__file__).parents[3] / "shared" / "kalshi" / "data"
@@ -252,6 +252,7 @@ class Sink:
     def __init__(self) -> None:
         self.frames: list[tuple[int, bytes, Envelope | None]] = []
         self.pings: list[int] = []
+        self.events: list[ExchangeEvent] = []
         self.closed: list[tuple[int, str]] = []
 
     def on_frame(self, recv_ns: int, payload: bytes, envelope: Envelope | None) -> None:
@@ -262,6 +263,10 @@ class Sink:
     def on_ping(self, recv_ns: int) -> None:
         """Keep a ping."""
         self.pings.append(recv_ns)
+
+    def on_event(self, recv_ns: int, event: ExchangeEvent) -> None:
+        """Keep what a frame means."""
+        self.events.append(event)
 
     def on_closed(self, recv_ns: int, reason: str) -> None:
         """Keep the end."""

@@ -15,7 +15,7 @@ import pytest
 from picows import WSCloseCode, WSMsgType, WSTransport
 
 from ssmd_dagster.errors import ConfigurationError, ExitCode, UnreachableError
-from ssmd_dagster.exchange import Subscription
+from ssmd_dagster.exchange import MarketLimitError, MarketNews, SnapshotCame, Subscription, SubscriptionLost
 from ssmd_dagster.kalshi.auth import open_signer
 from ssmd_dagster.kalshi.errors import ExchangeAnswerError, ExchangeRefusedError, RateLimitedError
 from ssmd_dagster.kalshi.socket import KalshiConnection, open_connection
@@ -249,16 +249,58 @@ async def test_an_answer_without_a_sid_is_an_error() -> None:
 
 
 @pytest.mark.parametrize("code", [10, 25])
-async def test_a_terminal_error_ends_the_connection(code: int) -> None:
-    """A dead subscription would be silent for ever; the sink sees the error and then why the socket is gone."""
+async def test_a_terminal_error_is_told_and_leaves_the_socket_open(code: int) -> None:
+    """The sink sees the error, then what it means; the channel can be subscribed again on the same socket."""
     async with connected() as (server, connection, sink):
         await connection.subscribe(["trade"], None)
         server.send({"type": "error", "sid": 1, "seq": 5, "msg": {"code": code, "msg": "it is over"}})
-        await eventually(lambda: bool(sink.closed))
-        assert sink.closed[0][1] == f"the exchange ended subscription 1: {code} it is over"
+        await eventually(lambda: bool(sink.events))
+        assert sink.events == [SubscriptionLost(sid=1, reason=f"{code} it is over")]
         envelope = sink.frames[-1][2]
         assert envelope is not None
         assert (envelope.type, envelope.seq) == ("error", 5)
+        assert [one.channel for one in await connection.subscribe(["ticker"], None)] == ["ticker"]
+
+
+async def test_frames_are_news_of_books_and_markets() -> None:
+    """Snapshots name their market, lifecycle messages what became of one; what cannot be read is no news."""
+    lifecycle = {"type": "market_lifecycle_v2", "sid": 2}
+    async with connected() as (server, _, sink):
+        server.send(
+            {"type": "orderbook_snapshot", "sid": 1, "seq": 1, "msg": {"market_ticker": "A"}},
+            {**lifecycle, "msg": {"market_ticker": "B", "event_type": "created", "open_ts": 5, "close_ts": 9}},
+            {**lifecycle, "msg": {"market_ticker": "B", "event_type": "close_date_updated", "close_ts": 7}},
+            {**lifecycle, "msg": {"market_ticker": "B", "event_type": "determined"}},
+            {**lifecycle, "msg": {"market_ticker": 5}},
+            {**lifecycle, "msg": {"market_ticker": "B", "event_type": "settled", "settled_ts": 11}},
+        )
+        await eventually(lambda: len(sink.frames) == 6)
+        assert sink.events == [
+            SnapshotCame(sid=1, ticker="A"),
+            MarketNews(ticker="B", event="listed", open_ns=5_000_000_000, close_ns=9_000_000_000),
+            MarketNews(ticker="B", event="moved", close_ns=7_000_000_000),
+            MarketNews(ticker="B", event="settled"),
+        ]
+
+
+async def test_a_socket_that_is_not_read_keeps_what_comes() -> None:
+    """Nothing reaches the sink while reading is paused, and everything once it goes on."""
+    async with connected() as (server, connection, sink):
+        connection.pause_reading(paused=True)
+        connection.pause_reading(paused=True)
+        server.send({"type": "trade", "sid": 1, "seq": 1, "msg": {}})
+        await asyncio.sleep(0.05)
+        assert sink.frames == []
+        connection.pause_reading(paused=False)
+        await eventually(lambda: len(sink.frames) == 1)
+
+
+async def test_a_full_subscription_says_so_in_the_exchanges_own_error() -> None:
+    """Code 26 can be told from every other refusal without knowing the exchange."""
+    async with connected() as (server, connection, _):
+        server.answer = lambda one: [{"type": "error", "id": one["id"], "sid": 1, "seq": 2, "msg": {"code": 26}}]
+        with pytest.raises(MarketLimitError):
+            await connection.add_markets(1, ["A"])
 
 
 async def test_the_exchanges_close_gives_code_and_reason() -> None:

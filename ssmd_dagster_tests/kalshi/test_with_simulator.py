@@ -5,8 +5,11 @@ from __future__ import annotations
 import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
 from pathlib import Path
+from zoneinfo import ZoneInfo
 
+import aiohttp
 import pytest
 
 from ssmd_dagster.errors import ConfigurationError
@@ -175,3 +178,48 @@ async def test_the_room_is_an_exchange_as_the_rest_of_the_house_knows_it(tmp_pat
         await connection.close()
         assert as_protocol.channel_of_type["trade"] == "trade"
         await exchange.close()
+
+
+async def test_listings_are_the_open_and_the_coming_markets(tmp_path: Path) -> None:
+    """In few requests; later only what is new since, by series too, and by ticker whatever became of a market."""
+    async with session(tmp_path) as (simulator, exchange):
+        listed = {one.ticker: one async for one in exchange.listings(MarketSelection())}
+        opened = {one.ticker for one in await open_markets(exchange)}
+        assert opened < set(listed)
+        assert {listed[ticker].status for ticker in set(listed) - opened} == {"initialized"}
+        series = "KXBTC15M"
+        of_series = [one async for one in exchange.listings(MarketSelection(series=(series,)))]
+        assert {one.series_ticker for one in of_series} == {series}
+        assert {one.ticker for one in of_series} < set(listed)
+        since_ns = simulator.clock()
+        async with aiohttp.ClientSession() as http:
+            url = f"http://127.0.0.1:{simulator.rest_port}/sim/clock"
+            async with http.post(url, json={"advance_s": 1_800}) as answer:
+                assert answer.status == 200
+        for selection in (MarketSelection(), MarketSelection(series=(series,))):
+            new = {one.ticker async for one in exchange.listings(selection, created_after_ns=since_ns)}
+            assert new
+            assert not new & set(listed)
+        one, *_ = listed
+        assert [m.ticker async for m in exchange.listings(MarketSelection(tickers=(one, "KX-NONE")))] == [one]
+        limited = [m async for m in exchange.listings(MarketSelection(max_markets=3))]
+        assert len(limited) == 3
+
+
+async def test_an_exchange_that_rests_says_so_and_until_when(tmp_path: Path) -> None:
+    """By its weekly hours, in Eastern time: a Thursday at four in the morning, and an hour later no more."""
+    thursday = datetime(2026, 11, 26, 4, 0, tzinfo=ZoneInfo("America/New_York"))
+    async with session(tmp_path) as (simulator, exchange):
+        assert await exchange.closed(simulator.clock()) is None or simulator.engine.paused
+        async with aiohttp.ClientSession() as http:
+            url = f"http://127.0.0.1:{simulator.rest_port}/sim/clock"
+            for hour, closed in ((4, True), (5, False)):
+                at = thursday.replace(hour=hour, minute=1)
+                async with http.post(url, json={"set": at.astimezone(UTC).isoformat()}) as answer:
+                    assert answer.status == 200
+                said = await exchange.closed(simulator.clock())
+                assert (said is not None) is closed
+                if said is not None:
+                    assert said.cause == "closed_by_schedule"
+                    assert said.until_ns == int(thursday.replace(hour=5).timestamp()) * 10**9
+                    assert said.since_ns == int(thursday.replace(hour=3).timestamp()) * 10**9

@@ -165,7 +165,15 @@ Start = Callable[..., Awaitable[Running]]
 async def running(home: Path, **settings: Any) -> AsyncIterator[Running]:
     """Run a simulator in a home."""
     limits = Limits(**settings.pop("limits", {}))
-    options = {"markets": 60, "rate": 10_000.0, "seed": 7, "key_type": "ed25519", "pauses": False, **settings}
+    options: dict[str, Any] = {
+        "markets": 60,
+        "rate": 10_000.0,
+        "seed": 7,
+        "key_type": "ed25519",
+        "pauses": False,
+        "trades_per_day": 0,
+    }
+    options |= settings
     simulator = Simulator(Settings(home=home, limits=limits, **options))
     await simulator.start()
     http = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=DEADLINE_S))

@@ -73,6 +73,7 @@ async def test_added_updated_and_settled_markets_are_told_with_old_and_new(
         MarketChange(event="market_settled", ticker="A-1", at_ns=NOW_NS + 1, old=one),
     ]
     assert await secmaster.markets() == [changed, three]
+    assert sorted([market.ticker async for market in secmaster.each()]) == ["B-2.5", "C-3"]
     assert await secmaster.get("C-3") == three
     with pytest.raises(NotFoundError, match="no open market A-1"):
         await secmaster.get("A-1")

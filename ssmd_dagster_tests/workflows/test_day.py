@@ -56,14 +56,15 @@ def test_a_day_is_started_recorded_ended_and_sealed(house: House, simulated: str
     ]
 
     day = house.day(simulated, today)
-    assert (day["state"], day["condition"], day["gaps"]) == ("COMPLETE", "pending", [])
+    assert (day["state"], day["condition"], day["gaps"]) == ("COMPLETE", "available", [])
     assert [step["step"] for step in day["steps"]] == [
         *("secmaster", "connector", "archiver", "gateway", "health"),
         *("drain", "flush", "stop", "verify", "record"),
     ]
     for sheet in day["ledger"]["channels"]:
         assert sheet["received"] == sheet["spooled"] == sheet["published"] == sheet["archived"] > 0
-        assert sheet["normalised"] is None
+        filed = ("normalised", "duplicates", "control", "other_day", "opening_fold")
+        assert sum(sheet[name] for name in filed) + sum(sheet["rejected"].values()) == sheet["archived"]
     shown = house.ssmd("day", "show", simulated, today).stdout.splitlines()
     assert shown[:3] == [f"Trading Day: {today}", f"Environment: {simulated}", "State: COMPLETE"]
     assert [line.split(":")[0] for line in shown[3:9]] == [
@@ -82,7 +83,8 @@ def test_a_day_is_started_recorded_ended_and_sealed(house: House, simulated: str
 
     folder = Path(day["archive"])
     manifest = json.loads((folder / "manifest.json").read_text())
-    assert manifest["condition"] == "pending"
+    assert manifest["condition"] == "available"
+    assert {entry["key"].split("/")[2] for entry in manifest["tables"]} >= {"trade", "orderbook", "ticker", "coverage"}
     assert {Path(segment["key"]).name for segment in manifest["segments"]} == {
         path.name for path in folder.glob("*.jsonl.zst")
     }
@@ -142,7 +144,7 @@ def test_a_completed_day_can_be_started_again_while_its_window_is_open(house: Ho
     folder = Path(house.day(simulated, house.today())["archive"])
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     house.ssmd("day", "start", simulated)
-    house.ssmd("day", "end", simulated, check=0)
+    house.ssmd("day", "end", simulated, check=3)
     day = house.day(simulated, house.today())
     assert day["revision"] == 2
     assert "operator_stop" in {gap["cause"] for gap in day["gaps"]}

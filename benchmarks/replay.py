@@ -1,0 +1,189 @@
+"""How fast a missed day comes back: `python -m benchmarks replay`; prints a table with its targets, writes nothing else.
+
+A day of the simulated exchange's past through the real command: fetched over REST, recorded, archived, read back and held against
+the exchange's list; once without the exchange's rate limit and once with 20 requests a second. Then the fold of ten years of
+days. Wants two quiet cores and about two minutes.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import threading
+import time
+from datetime import date, timedelta
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from ssmd_dagster.day.events import EMPTY_BOOK, TradingDay, fold, fold_day, new_event
+from ssmd_dagster.day.payloads import Completed, EndRequested, Started, StartRequested, Step
+from ssmd_dagster.day.states import EventName
+from ssmd_dagster_tests.house import House
+
+ENV = "bench"
+TRADES, LIMITED_TRADES = 1_500_000, 400_000
+RATE = 20
+YEARS = 10
+MOST_MIB = 400
+OURS = ("capture.replayer", "capture.archiver", "capture.audit", "cli.main", "archive.normalize")
+
+
+def row(name: str, value: str, target: str = "", met: bool | None = None, note: str = "") -> None:
+    """Print one line of the table."""
+    print(f"| {name} | {value} | {target} | {'' if met is None else 'yes' if met else '**no**'} | {note} |", flush=True)
+
+
+class Watch(threading.Thread):
+    """Looks at the memory of the project's processes of one home, several times a second."""
+
+    def __init__(self, home: Path) -> None:
+        super().__init__(daemon=True)
+        self.most: dict[str, int] = {}
+        self._home, self._stop_it = str(home), threading.Event()
+
+    def run(self) -> None:
+        """Look until stopped."""
+        while not self._stop_it.wait(0.2):
+            for process in psutil.process_iter(["cmdline", "memory_info"]):
+                line = " ".join(process.info["cmdline"] or ())
+                name = next((name for name in OURS if f"ssmd_dagster.{name} " in f"{line} "), None)
+                if name is None or process.info["memory_info"] is None or not self._is_ours(process):
+                    continue
+                self.most[name] = max(self.most.get(name, 0), process.info["memory_info"].rss)
+
+    def _is_ours(self, process: psutil.Process) -> bool:
+        try:
+            return process.environ().get("SSMD_HOME") == self._home
+        except psutil.Error:
+            return False
+
+    def end(self) -> None:
+        """Stop looking."""
+        self._stop_it.set()
+        self.join()
+
+
+def replay(trades: int, limit: int) -> None:
+    """Replay one past day and print how long its parts took."""
+    with tempfile.TemporaryDirectory() as folder:
+        house = House.build(Path(folder))
+        feed = house.exchanges / "feeds" / "kalshi.yaml"
+        rate = limit or 100_000
+        feed.write_text(feed.read_text().replace("rate_limit_per_second: 20", f"rate_limit_per_second: {rate}"))
+        simulated = {"markets": 200, "rate_per_second": 1, "trades_per_day": trades, "reads_per_second": limit}
+        capture = {"channels": ["trade"], "markets": {"all": True, "mve": "include"}, "stream_limit_mb": 1024}
+        house.add(ENV, simulator={"seed": 7, **simulated}, capture=capture)
+        try:
+            house.up(ENV)
+            day = (date.fromisoformat(house.today()) - timedelta(days=3)).isoformat()
+            watch = Watch(house.home)
+            watch.start()
+            began = time.perf_counter()
+            house.ssmd("day", "start", ENV, "--date", day)
+            fetched = time.perf_counter()
+            house.ssmd("day", "end", ENV, "--date", day, check=None)
+            ended = time.perf_counter()
+            watch.end()
+            events = [json.loads(line) for line in house.ssmd("day", "events", ENV, "--json").stdout.splitlines()]
+            shown = house.day(ENV, day)
+        finally:
+            house.down()
+    _report(trades, limit, events, shown, (fetched - began, ended - fetched), watch)
+
+
+def _report(
+    trades: int,
+    limit: int,
+    events: list[dict[str, Any]],
+    shown: dict[str, Any],
+    took_s: tuple[float, float],
+    watch: Watch,
+) -> None:
+    count = shown["ledger"]["trades"]["exchange"] or trades
+    steps = {step["step"]: (step["finished_ns"] - step["started_ns"]) / 1e9 for step in shown["steps"]}
+    detail = [event["data"].get("detail", {}).get("text", "") for event in events if event["event"] == "step_finished"]
+    said = next((text for text in detail if "trades/s" in text), "")
+    name = f"{count:,} trades, {'no limit' if not limit else f'{limit} requests/s'}"
+    fetch_s = steps["secmaster"] + steps["connector"]
+    if limit:
+        best = limit * 1_000
+        row(
+            f"{name}: fetch",
+            f"{count / fetch_s:,.0f} trades/s",
+            f"{best * 0.95:,.0f}",
+            count / fetch_s >= best * 0.95,
+            said,
+        )
+    else:
+        row(f"{name}: fetch", f"{count / fetch_s:,.0f} trades/s", "", None, said)
+        row(
+            f"{name}: to ACTIVE",
+            f"{count / took_s[0]:,.0f} trades/s",
+            "100,000",
+            count / took_s[0] >= 100_000,
+            "the whole command",
+        )
+    parts = ", ".join(f"{step} {seconds:.1f} s" for step, seconds in steps.items())
+    row(f"{name}: to COMPLETE", f"{count / sum(took_s):,.0f} trades/s", "", None, f"{parts}; {shown['condition']}")
+    for process, most in sorted(watch.most.items()):
+        row(f"{name}: memory of {process}", f"{most >> 20} MiB", f"{MOST_MIB}", most < MOST_MIB << 20)
+
+
+def fold_years() -> None:
+    """Fold the journal of ten years of days, as every command does first."""
+    events, day, seq = [], None, 0
+    first = date(2016, 1, 1)
+    for number in range(YEARS * 365):
+        text = (first + timedelta(days=number)).isoformat()
+        day = None
+        script: list[tuple[EventName, Any]] = [
+            (EventName.DEFINED, None),
+            (EventName.START_REQUESTED, StartRequested(mode="live")),
+            *(
+                (kind, Step(step=name))
+                for name in "abcde"
+                for kind in (EventName.STEP_STARTED, EventName.STEP_FINISHED)
+            ),
+            (EventName.STARTED, Started(markets=10)),
+            (EventName.END_REQUESTED, EndRequested()),
+            *(
+                (kind, Step(step=name))
+                for name in "fghij"
+                for kind in (EventName.STEP_STARTED, EventName.STEP_FINISHED)
+            ),
+            (EventName.COMPLETED, Completed(condition="available", messages=1, gaps=0, archive_url="x")),
+        ]
+        for event, data in script:
+            seq += 1
+            epoch = None if day is None else day.epoch
+            spoken = None if event is EventName.START_REQUESTED else epoch
+            made = new_event(
+                day, event, id=str(seq), env=ENV, date=text, epoch=spoken, at_ns=seq, actor="bench", data=data
+            )
+            day = fold_day(day, made, seq)
+            events.append((seq, made))
+    began = time.perf_counter()
+    book = fold(events, EMPTY_BOOK)
+    took_s = time.perf_counter() - began
+    last: TradingDay = book.days[max(book.days)]
+    row(
+        f"fold of {len(book.days):,} days",
+        f"{took_s:.2f} s",
+        "1 s",
+        took_s < 1,
+        f"{len(events):,} events, {last.state}",
+    )
+
+
+def main() -> None:
+    """Print the table."""
+    print("| what | measured | target | met | |\n|---|---|---|---|---|")
+    fold_years()
+    replay(TRADES, 0)
+    replay(LIMITED_TRADES, RATE)
+
+
+if __name__ == "__main__":
+    main()

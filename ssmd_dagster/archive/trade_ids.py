@@ -1,0 +1,200 @@
+"""The trades that a day's archive holds, by id, so that the exchange's own list can be held against them.
+
+Fed beside the reading back. An id takes 16 bytes and is sorted where it lies, so ten million trades stay below 300 MB. Not
+here: asking the exchange, and what follows from a missing trade.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from ssmd_dagster.archive.batch import BatchHeader
+from ssmd_dagster.archive.records import parse_record, payload_of
+from ssmd_dagster.exchange import REST, SESSION, room_part
+
+TRADES = "trade"
+_ID_BYTES = 16
+_Ids = npt.NDArray[np.bytes_]
+
+
+class Matched(msgspec.Struct, frozen=True, kw_only=True):
+    """The comparison: `exchange = captured + repaired + missing`; `extra` are archived and not listed."""
+
+    exchange: int
+    captured: int
+    repaired: int
+    missing: int
+    extra: int
+
+
+class TradeIds:
+    """Collects the ids of a day's trades and the markets that were subscribed; `see` is for `DayReadback`.
+
+    `captured` counts trade records, repetitions included; `first_up_ns` is when a connection first had subscribed,
+    `all_markets` says that one did so without naming markets.
+    A trade counts as the day's, and may be `extra`, where the exchange's time lies in `[open_ns, close_ns)`.
+    """
+
+    def __init__(self, feed: str, open_ns: int, close_ns: int) -> None:
+        self.markets: set[str] = set()
+        self.all_markets = False
+        self.first_up_ns: int | None = None
+        self.channel_of_sid: dict[tuple[str, int], str] = {}
+        self._open_ns, self._close_ns = open_ns, close_ns
+        room = room_part(feed, "matching")
+        self._trade_key, self._page_keys = room.trade_key, room.page_keys
+        self._markets_after = room_part(feed, "books").markets_after
+        self.captured = 0
+        self._inside, self._outside, self._pages = bytearray(), bytearray(), bytearray()
+
+    def see(self, header: BatchHeader, records: bytes) -> None:
+        """Take note of a batch's trades."""
+        if header.channel == TRADES:
+            self._see_trades(records)
+        elif header.channel == REST:
+            for line in records.splitlines():
+                for key in self._page_keys(parse_record(line).wire):
+                    self._pages += id_bytes(key.trade_id)
+                    self.markets.add(key.ticker)
+        elif header.channel == SESSION:
+            self._see_session(header.conn, records)
+
+    def _see_trades(self, records: bytes) -> None:
+        for line in records.splitlines():
+            record = parse_record(line)
+            key = self._trade_key(payload_of(record) or b"", record.recv_ns)
+            if key is not None:
+                inside = self._open_ns <= key.event_ns < self._close_ns
+                (self._inside if inside else self._outside).extend(id_bytes(key.trade_id))
+                self.captured += 1
+                self.markets.add(key.ticker)
+
+    def _see_session(self, conn: str, records: bytes) -> None:
+        for line in records.splitlines():
+            if b'"tickers"' not in line and b'"sids"' not in line and b'"market_tickers"' not in line:
+                continue
+            record = parse_record(line)
+            if record.note is None:
+                self.markets.update(self._markets_after(record.wire) or ())
+                continue
+            for channel, sid in record.note.get("sids", {}).items():
+                self.channel_of_sid[conn, sid] = channel
+                if self.first_up_ns is None or record.recv_ns < self.first_up_ns:
+                    self.first_up_ns = record.recv_ns
+            if "tickers" in record.note and TRADES in record.note.get("channels", [TRADES]):
+                tickers = record.note["tickers"]
+                self.all_markets = self.all_markets or tickers is None
+                self.markets.update(tickers or ())
+
+    def matching(self) -> Matching:
+        """Hand over what the exchange's list is held against; what is seen later is for `Matching.look_again`."""
+        handed = Matching(self._inside, self._outside, self._pages)
+        self._inside, self._outside, self._pages = bytearray(), bytearray(), bytearray()
+        return handed
+
+    def since(self) -> bytes:
+        """Return the ids that were seen since `matching`."""
+        return bytes(self._inside + self._outside + self._pages)
+
+
+class _Known:
+    """Ids, sorted in their own memory, and which of them were met; of a repeated one only the first is."""
+
+    def __init__(self, ids: bytearray) -> None:
+        self.ids: _Ids = np.frombuffer(ids, dtype=f"S{_ID_BYTES}")
+        self.ids.sort()
+        self.met = np.zeros(len(self.ids), dtype=np.bool_)
+
+    def meet(self, wanted: _Ids, which: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+        """Take note of those of `wanted` that are looked for by `which`, and return which of them are known."""
+        if not len(self.ids):
+            return np.zeros(len(wanted), dtype=np.bool_)
+        at = np.minimum(np.searchsorted(self.ids, wanted), len(self.ids) - 1)
+        hit: npt.NDArray[np.bool_] = (self.ids[at] == wanted) & which
+        self.met[at[hit]] = True
+        return hit
+
+    def holds(self, wanted: _Ids) -> npt.NDArray[np.bool_]:
+        """Return which of `wanted` are known, without taking note of it."""
+        if not len(self.ids):
+            return np.zeros(len(wanted), dtype=np.bool_)
+        at = np.minimum(np.searchsorted(self.ids, wanted), len(self.ids) - 1)
+        held: npt.NDArray[np.bool_] = self.ids[at] == wanted
+        return held
+
+    def distinct(self) -> int:
+        """Return how many different ids there are."""
+        return int((self.ids[1:] != self.ids[:-1]).sum()) + 1 if len(self.ids) else 0
+
+
+class Matching:
+    """One comparison with the exchange's list. `listed` counts what it has of the day's window."""
+
+    def __init__(self, inside: bytearray, outside: bytearray, pages: bytearray) -> None:
+        self._inside, self._outside, self._pages = _Known(inside), _Known(outside), _Known(pages)
+        self._missing = bytearray()
+        self._repaired = 0
+        self.listed = 0
+
+    def take(self, listed: Sequence[tuple[str, bool]]) -> list[int]:
+        """Take ids of the exchange's list and return the indices of those that the archive lacks.
+
+        Each with whether it is of the day's window; one that is not can prove a captured trade, and is never missing.
+        """
+        if not listed:
+            return []
+        wanted: _Ids = np.frombuffer(b"".join([id_bytes(text) for text, _ in listed]), dtype=f"S{_ID_BYTES}")
+        inside = np.array([inside for _, inside in listed])
+        self.listed += int(inside.sum())
+        left = ~self._inside.meet(wanted, np.ones(len(wanted), dtype=np.bool_)) & inside
+        for known in (self._outside, self._pages):
+            left &= ~known.meet(wanted, left)
+        self._missing += wanted[left].tobytes()
+        return [int(i) for i in np.flatnonzero(left)]
+
+    def look_again(self, ids: TradeIds) -> None:
+        """Count what was missing and has been seen since as repaired."""
+        missing: _Ids = np.unique(np.frombuffer(bytes(self._missing), dtype=f"S{_ID_BYTES}"))
+        hit = _Known(bytearray(ids.since())).meet(missing, np.ones(len(missing), dtype=np.bool_))
+        self._repaired += int(hit.sum())
+        self._missing = bytearray(missing[~hit].tobytes())
+
+    def result(self) -> Matched:
+        """Return the comparison with everything that was taken."""
+        captured = int(self._inside.met.sum()) + int(self._outside.met.sum())
+        repaired = int(self._pages.met.sum()) + self._repaired
+        missing = len(np.unique(np.frombuffer(bytes(self._missing), dtype=f"S{_ID_BYTES}")))
+        return Matched(
+            exchange=captured + repaired + missing,
+            captured=captured,
+            repaired=repaired,
+            missing=missing,
+            extra=self._inside.distinct() - int(self._inside.met.sum()) + self._pages_alone(),
+        )
+
+    def _pages_alone(self) -> int:
+        """Return how many trades only pages have: the exchange listed them when they were fetched, and does not any more."""
+        ids = self._pages.ids
+        first = np.ones(len(ids), dtype=np.bool_)
+        first[1:] = ids[1:] != ids[:-1]
+        alone = ids[first & ~self._pages.met]
+        for known in (self._inside, self._outside):
+            alone = alone[~known.holds(alone)]
+        return len(alone)
+
+
+def id_bytes(trade_id: str) -> bytes:
+    """Return an id as 16 bytes: a UUID's own, else a hash."""
+    try:
+        return bytes.fromhex(trade_id.replace("-", "")) if len(trade_id) == 36 else _hashed(trade_id)
+    except ValueError:
+        return _hashed(trade_id)
+
+
+def _hashed(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=_ID_BYTES).digest()

@@ -1,0 +1,317 @@
+"""What should be done about the days of an environment: those that should exist, held against the journal.
+
+Pure decisions: which verb to ask for and why, which day was missed, which is late. Schedules only hint; this is what
+loses no day. Not here: asking Dagster for runs, appending events (`workflows/reconcile`), how to recover a process.
+
+A day that nobody has journaled is expected once a day before it was started live, at most `LOOK_BACK_DAYS` back: an empty
+journal expects nothing, its first day is begun by a schedule or by hand. What an operator ended or cancelled stays as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import date as Date  # noqa: N812 - `date` is the contract's word for the written form
+from datetime import timedelta
+from typing import Literal
+
+import msgspec
+
+from ssmd_dagster.day.calendar import TradingCalendar
+from ssmd_dagster.day.events import Book, TradingDay
+from ssmd_dagster.day.states import DayState
+
+Verb = Literal["start", "end", "roll", "recover", "replay"]
+
+LOOK_BACK_DAYS = 31
+START_GRACE_S = 120
+"""How long after `day_start` the schedule is given before a start is asked for in its place."""
+ROLL_GRACE_S = 180
+START_LATE_S = 600
+END_LATE_S = 2 * 3600
+STALE_S = 60
+"""How long a day stands in STARTING or ENDING without a lease before its attempt counts as cut off."""
+
+NOBODY = "nobody started it"
+RECORDED_WITH = "its messages are recorded with"
+PAUSED_BY = "paused by"
+"""How the reason of `missed` begins. Only a day that nobody started is replayed without being asked for."""
+
+BACK_OFF_MIN = (1, 2, 4, 8, 15)
+MOST_TRIES = {"start": 200, "recover": 20, "roll": 20, "end": 20, "replay": 3}
+"""Failed runs of one verb and day after which a person is needed. A start is tried while its window is open."""
+
+_S = DayState
+_NS = 1_000_000_000
+_ONE_DAY = timedelta(days=1)
+
+
+class Facts(msgspec.Struct, frozen=True, kw_only=True):
+    """What the journal does not say: `recording` are days all of whose processes live, `held` those with a lease."""
+
+    recording: frozenset[str] = frozenset()
+    held: frozenset[str] = frozenset()
+
+
+class Ask(msgspec.Struct, frozen=True, kw_only=True):
+    """A run that should be asked for."""
+
+    verb: Verb
+    date: str
+    why: str
+
+
+class Missed(msgspec.Struct, frozen=True, kw_only=True):
+    """A day that is over and that nobody started, with the reason to journal."""
+
+    date: str
+    reason: str
+
+
+class CutOff(msgspec.Struct, frozen=True, kw_only=True):
+    """A start that was cut off, of a day that is over: it can only fail."""
+
+    date: str
+    error: str
+
+
+class Flag(msgspec.Struct, frozen=True, kw_only=True):
+    """Something that a person should know: a day is `late`, or `stuck` until somebody acts."""
+
+    date: str
+    kind: Literal["late", "stuck"]
+    cause: str
+    command: str
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything that is to be done now, the most urgent first; `paused` says why nothing is."""
+
+    asks: tuple[Ask, ...] = ()
+    missed: tuple[Missed, ...] = ()
+    cut_off: tuple[CutOff, ...] = ()
+    flags: tuple[Flag, ...] = ()
+    paused: str | None = None
+
+
+class Run(msgspec.Struct, frozen=True, kw_only=True):
+    """One run of a verb for a day that has been asked for; `ended_s` is None while it is queued or runs."""
+
+    ended_s: float | None
+    succeeded: bool
+
+
+class Permission(msgspec.Struct, frozen=True, kw_only=True):
+    """Whether an ask may become a run now: `attempt` is its number, or None, and then `why_not` says why."""
+
+    attempt: int | None = None
+    why_not: str = ""
+
+
+def plan(env: str, book: Book, calendar: TradingCalendar, now_ns: int, facts: Facts = Facts()) -> Plan:  # noqa: B008 - frozen
+    """Return what is to be done about the days of an environment at `now_ns` (its own clock)."""
+    if book.paused is not None:
+        because = f": {book.paused.reason}" if book.paused.reason else ""
+        since = calendar.local(book.paused.since_ns).isoformat()
+        return Plan(paused=f"{PAUSED_BY} {book.paused.actor} since {since}{because}; `ssmd env resume {env}`")
+    if not book.days:
+        return Plan()
+    return _Planning(env, book, calendar, now_ns, facts).plan()
+
+
+def permission(verb: Verb, runs: Sequence[Run], now_s: float) -> Permission:
+    """Say whether another run of a verb may be asked for, given all runs of that job and day (newest first).
+
+    Nothing is asked for while one is queued or running; failed ones are followed by a pause of 1 to 15 minutes.
+    """
+    if any(run.ended_s is None for run in runs):
+        return Permission(why_not="a run of it is queued or running")
+    failed = 0
+    for run in runs:
+        if run.succeeded:
+            break
+        failed += 1
+    if failed >= MOST_TRIES[verb]:
+        return Permission(why_not=f"{failed} runs of it failed; a person is needed")
+    if failed and runs[0].ended_s is not None:
+        wait_s = 60 * BACK_OFF_MIN[min(failed, len(BACK_OFF_MIN)) - 1]
+        left_s = runs[0].ended_s + wait_s - now_s
+        if left_s > 0:
+            return Permission(why_not=f"{failed} failed; the next one in {left_s:.0f} s")
+    return Permission(attempt=len(runs) + 1)
+
+
+def covered_by(book: Book, calendar: TradingCalendar, date: Date, facts: Facts) -> str | None:
+    """Return the day whose recording held this whole date, None where there is none."""
+    opens, closes = calendar.open_ns(date), calendar.close_ns(date)
+    for day in book.days.values():
+        if day.date == date.isoformat() or not day.ever_active or day.mode != "live":
+            continue
+        began = day.open_ns if day.open_ns is not None else calendar.open_ns(Date.fromisoformat(day.date))
+        if began > opens:
+            continue
+        runs_on = day.state in (_S.ACTIVE, _S.ERROR) and day.date in facts.recording
+        if runs_on or (day.close_ns is not None and day.close_ns >= closes):
+            return day.date
+    return None
+
+
+class _Planning:
+    """One pass over the days."""
+
+    def __init__(self, env: str, book: Book, calendar: TradingCalendar, now_ns: int, facts: Facts) -> None:
+        self._env, self._book, self._calendar, self._now_ns, self._facts = env, book, calendar, now_ns, facts
+        self._today = calendar.date_at(now_ns)
+        self._asks: list[Ask] = []
+        self._missed: list[Missed] = []
+        self._cut_off: list[CutOff] = []
+        self._flags: list[Flag] = []
+        self._rolling: str | None = None
+
+    def plan(self) -> Plan:
+        self._rolling = self._to_roll()
+        first = max(Date.fromisoformat(min(self._book.days)), self._today - LOOK_BACK_DAYS * _ONE_DAY)
+        last = max(self._today, Date.fromisoformat(max(self._book.days)))
+        # Days that were only replayed make nothing be expected of those around them.
+        began = min((day.date for day in self._book.days.values() if day.mode == "live" and day.epoch), default=None)
+        date = first
+        while date <= last:
+            day = self._book.days.get(date.isoformat())
+            if day is None or day.state is _S.PENDING:
+                if began is not None and date.isoformat() > began:
+                    self._absent(date)
+            else:
+                self._present(date, day)
+            date += _ONE_DAY
+        # Today's recording comes first, and what is over is ended in the order of the days.
+        today = self._today.isoformat()
+        asks = sorted(self._asks, key=lambda ask: (ask.verb != "roll", ask.date != today, ask.date))
+        return Plan(
+            asks=tuple(asks),
+            missed=tuple(self._missed),
+            cut_off=tuple(self._cut_off),
+            flags=tuple(self._flags),
+        )
+
+    def _to_roll(self) -> str | None:
+        """Return the latest live day that is over and records on although the next one is not up."""
+        if not self._calendar.auto_roll:
+            return None
+        if any(day.state is _S.ACTIVE and day.mode == "live" for day in self._of_today()):
+            return None
+        running = [
+            day.date
+            for day in self._book.days.values()
+            if day.state in (_S.ACTIVE, _S.ERROR)
+            and day.mode == "live"
+            and day.date in self._facts.recording
+            and self._over(Date.fromisoformat(day.date))
+        ]
+        return max(running, default=None)
+
+    def _of_today(self) -> list[TradingDay]:
+        day = self._book.days.get(self._today.isoformat())
+        return [] if day is None else [day]
+
+    def _over(self, date: Date, grace_s: int = 0) -> bool:
+        return self._now_ns >= self._calendar.close_ns(date) + grace_s * _NS
+
+    def _absent(self, date: Date) -> None:
+        if self._over(date):
+            cover = covered_by(self._book, self._calendar, date, self._facts)
+            reason = f"{NOBODY}, and it is over" if cover is None else f"{RECORDED_WITH} {cover}"
+            self._missed.append(Missed(date=date.isoformat(), reason=reason))
+            return
+        due_ns = self._calendar.start_due_ns(date)
+        if date > self._today or self._now_ns < due_ns + START_GRACE_S * _NS or self._rolling is not None:
+            return
+        self._ask("start", date, "it should be ACTIVE by now")
+        self._late_start(date, "nobody has started it")
+
+    def _present(self, date: Date, day: TradingDay) -> None:
+        match day.state:
+            case _S.STARTING:
+                self._starting(date, day)
+            case _S.ACTIVE | _S.ERROR:
+                self._running(date, day)
+            case _S.ENDING:
+                if self._is_cut_off(day):
+                    self._ask("replay" if day.mode == "replay" else "end", date, "its end was cut off")
+                self._late_end(date, "its end is under way")
+            case _S.FAILED:
+                self._failed(date, day)
+
+    def _starting(self, date: Date, day: TradingDay) -> None:
+        if day.mode == "replay":
+            if self._is_cut_off(day):
+                self._ask("replay", date, "its replay was cut off")
+        elif self._is_cut_off(day) and self._over(date):
+            self._cut_off.append(CutOff(date=day.date, error="its start was cut off, and the day is over"))
+        elif self._is_cut_off(day):
+            self._ask("start", date, "its start was cut off")
+        if not self._over(date) and self._idle_s(day) > START_LATE_S:
+            self._late_start(date, "its start is under way")
+
+    def _running(self, date: Date, day: TradingDay) -> None:
+        if day.mode == "replay":
+            if day.date not in self._facts.held and self._idle_s(day) > STALE_S:
+                self._flag(date, "stuck", "a replay of it is ACTIVE and nobody is at work on it", "end")
+            return
+        if not self._over(date, ROLL_GRACE_S):
+            return
+        if day.date == self._rolling:
+            self._ask("roll", date, "it is over and records on")
+        else:
+            self._ask("end", date, "it is over")
+        self._late_end(date, f"it is {day.state}")
+
+    def _failed(self, date: Date, day: TradingDay) -> None:
+        failure = day.failure
+        transient = failure is not None and failure.transient
+        cause = day.error or "it failed"
+        if not self._over(date):
+            if day.ended_ns is not None:
+                self._again("end", date, transient, cause)
+                return
+            if date == self._today and self._now_ns < self._calendar.start_due_ns(date) + START_GRACE_S * _NS:
+                return  # a start or a roll before its time that failed: the schedule comes first
+            self._again("start", date, transient, cause)
+            self._late_start(date, cause)
+        elif not day.ever_active:
+            if transient or cause.startswith(NOBODY):
+                self._ask("replay", date, cause)
+            elif not cause.startswith((RECORDED_WITH, PAUSED_BY)):
+                self._flag(date, "stuck", cause, "start")
+        elif day.ended_ns is None and day.mode == "live":
+            self._ask("end", date, f"it is over, and what it holds is not proved: {cause}")
+        else:
+            self._again("replay" if day.mode == "replay" else "end", date, transient, cause)
+
+    def _again(self, verb: Verb, date: Date, transient: bool, cause: str) -> None:
+        if transient:
+            self._ask(verb, date, f"it failed for a cause that may pass: {cause}")
+        else:
+            self._flag(date, "stuck", cause, verb)
+
+    def _ask(self, verb: Verb, date: Date, why: str) -> None:
+        self._asks.append(Ask(verb=verb, date=date.isoformat(), why=why))
+
+    def _flag(self, date: Date, kind: Literal["late", "stuck"], cause: str, verb: str) -> None:
+        command = f"ssmd day {verb} {self._env} --date {date}"
+        if verb == "replay":
+            command = f"ssmd day backfill {self._env} --from {date} --to {date}"
+        self._flags.append(Flag(date=date.isoformat(), kind=kind, cause=cause, command=command))
+
+    def _late_start(self, date: Date, cause: str) -> None:
+        due_ns = max(self._calendar.start_due_ns(date), self._calendar.open_ns(date))
+        if date <= self._today and self._now_ns >= due_ns + START_LATE_S * _NS:
+            self._flag(date, "late", f"not ACTIVE {START_LATE_S // 60} minutes after it was due: {cause}", "start")
+
+    def _late_end(self, date: Date, cause: str) -> None:
+        if self._over(date, END_LATE_S):
+            self._flag(date, "late", f"not COMPLETE {END_LATE_S // 3600} hours after its close: {cause}", "end")
+
+    def _is_cut_off(self, day: TradingDay) -> bool:
+        return day.date not in self._facts.held and self._idle_s(day) > STALE_S
+
+    def _idle_s(self, day: TradingDay) -> float:
+        return (self._now_ns - day.updated_ns) / _NS

@@ -1,0 +1,183 @@
+"""Backfill: replay a range of days, one after the other or several side by side, each started and ended like any day.
+
+It keeps no state: what the journal has COMPLETE is skipped, what was cut off goes on where it was. One day that fails does not
+stop the others. Not here: how one day is fetched (`replay`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from datetime import date as Date  # noqa: N812 - `date` is the contract's word for the written form
+from datetime import timedelta
+from typing import Literal
+
+import msgspec
+
+from ssmd_dagster.capture.setting import Setting
+from ssmd_dagster.day.events import TradingDay
+from ssmd_dagster.day.states import DayState
+from ssmd_dagster.environments.home import spool_dir
+from ssmd_dagster.errors import SsmdError, UsageError
+from ssmd_dagster.workflows.attempt import Attempt, Options
+from ssmd_dagster.workflows.desk import Desk, Progress, Report, open_desk
+from ssmd_dagster.workflows.end import END
+from ssmd_dagster.workflows.replay import check_replay
+from ssmd_dagster.workflows.start import START, create_streams
+
+MAX_PARALLEL = 8
+MAX_DAYS = 4_000
+
+Outcome = Literal["replayed", "complete already", "failed"]
+
+
+class DayResult(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of one day of a range."""
+
+    date: str
+    outcome: Outcome
+    condition: str | None = None
+    trades: int | None = None
+    seconds: float = 0.0
+    error: str | None = None
+    exit_code: int = 0
+
+
+class Tally(msgspec.Struct, frozen=True, kw_only=True):
+    """How far a range is: days done of all, trades fetched by this run, and how long it has taken."""
+
+    done: int
+    days: int
+    failed: int
+    trades: int
+    since_s: float
+    replayed: int
+
+    @property
+    def left_s(self) -> float | None:
+        """Return about how long the rest will take, None before the first day is replayed."""
+        return None if not self.replayed else self.since_s / self.replayed * (self.days - self.done)
+
+
+OnDay = Callable[[DayResult, Tally], None]
+
+
+async def replay_day(desk: Desk, date: str, *, share: int = 1, reason: str | None = None) -> TradingDay:
+    """Start a day in replay mode and end it; one that is COMPLETE already is returned as it is.
+
+    An attempt that was cut off goes on where it was. Progress goes to the desk's report. Raises what a start or an end raises.
+    """
+    await create_streams(desk)
+    day = await desk.book.day(date)
+    if day is not None and day.state is DayState.COMPLETE and (day.sealed is not None or day.forced_by is not None):
+        desk.report(Progress("note", "replay", date, "replay", f"Trading day {date} is COMPLETE already"))
+        return day
+    if day is None or day.state not in (DayState.ENDING, DayState.COMPLETE):
+        await Attempt(desk, date, START, Options(mode="replay", reason=reason, share=share)).go()
+    day = await Attempt(desk, date, END, Options(reason=reason)).go()
+    await let_go(desk, day)
+    return day
+
+
+async def let_go(desk: Desk, day: TradingDay) -> None:
+    """Empty stream and spool of a replayed day that is sealed: the archive has been read back, the exchange still has it.
+
+    A recorded day's are kept for `retain_days`; a month of replays would fill a stream that is made for two days.
+    """
+    if day.state is DayState.COMPLETE and day.sealed is not None and day.mode == "replay":
+        await desk.stores.raw_stream.purge(day.date)
+        await asyncio.to_thread(shutil.rmtree, spool_dir(desk.setting.home, desk.env, day.date), ignore_errors=True)
+
+
+def days_of(desk: Desk, first: str, last: str) -> list[str]:
+    """Return the dates from `first` to `last`, both included.
+
+    Raises:
+        UsageError: The range runs backwards or is endless.
+        NotFoundError: The calendar does not reach that far back.
+        RefusedError: It holds a day that is not over, or the environment records no trades.
+    """
+    from_, to = Date.fromisoformat(first), Date.fromisoformat(last)
+    if from_ > to:
+        raise UsageError(f"the range runs backwards: {first} to {last}", do="--from is the earlier date.")
+    if (to - from_).days >= MAX_DAYS:
+        raise UsageError(f"a range of more than {MAX_DAYS} days: {first} to {last}", do="Give it in parts.")
+    desk.calendar.check(from_, desk.setting.clock())
+    dates = [(from_ + timedelta(days=number)).isoformat() for number in range((to - from_).days + 1)]
+    check_replay(desk, dates[-1], None)
+    return dates
+
+
+async def backfill(
+    setting: Setting,
+    actor: str,
+    dates: Sequence[str],
+    *,
+    parallel: int,
+    reason: str | None,
+    report: Report,
+    on_day: OnDay,
+) -> list[DayResult]:
+    """Replay the days in order, `parallel` side by side, each with its part of the exchange's rate; return all results.
+
+    `on_day` is told of every day as it is done.
+    """
+    waiting = list(reversed(dates))
+    results: dict[str, DayResult] = {}
+    began = time.monotonic()
+
+    async def work() -> None:
+        while waiting:
+            date = waiting.pop()
+            results[date] = await _one(setting, actor, date, share=parallel, reason=reason, report=report)
+            done = list(results.values())
+            on_day(
+                results[date],
+                Tally(
+                    done=len(done),
+                    days=len(dates),
+                    failed=sum(one.outcome == "failed" for one in done),
+                    trades=sum(one.trades or 0 for one in done if one.outcome == "replayed"),
+                    since_s=time.monotonic() - began,
+                    replayed=sum(one.outcome != "complete already" for one in done),
+                ),
+            )
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(min(parallel, len(dates))):
+            group.create_task(work())
+    return [results[date] for date in dates]
+
+
+async def _one(setting: Setting, actor: str, date: str, *, share: int, reason: str | None, report: Report) -> DayResult:
+    """Replay one day at a desk of its own: a server that was away during one day is asked again for the next."""
+    began = time.monotonic()
+    try:
+        async with open_desk(setting, actor, report) as desk:
+            before = await desk.book.day(date)
+            already = before is not None and before.state is DayState.COMPLETE
+            day = await replay_day(desk, date, share=share, reason=reason)
+    except SsmdError as error:
+        return DayResult(
+            date=date,
+            outcome="failed",
+            seconds=time.monotonic() - began,
+            error=str(error),
+            exit_code=int(error.exit_code),
+        )
+    return DayResult(
+        date=date,
+        outcome="complete already" if already else "replayed",
+        condition=day.condition,
+        trades=trades_of(day),
+        seconds=time.monotonic() - began,
+    )
+
+
+def trades_of(day: TradingDay) -> int | None:
+    """Return how many trades the day's ledger has, by the exchange's own list where that was asked."""
+    trades = (day.ledger or {}).get("trades") or {}
+    found = trades.get("exchange")
+    return int(found) if found is not None else None

@@ -1,0 +1,85 @@
+"""Reconcile: hold the days that should exist against the journal, journal what was missed, and say what to ask for.
+
+The decisions are `day/reconcile`'s. Asking for runs is for whoever has a scheduler: this knows none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+from ssmd_dagster.capture.programs import day_components
+from ssmd_dagster.day.payloads import Failed
+from ssmd_dagster.day.reconcile import Facts, Plan, plan
+from ssmd_dagster.day.states import DayState, EventName
+from ssmd_dagster.errors import RefusedError
+from ssmd_dagster.workflows.desk import Desk
+from ssmd_dagster.workflows.start import create_streams
+
+CANCELLED = "was cancelled"
+FAILED = "failed"
+"""How a run ended; what somebody cancelled is not asked for again."""
+
+_LIVE = (DayState.STARTING, DayState.ACTIVE, DayState.ERROR, DayState.ENDING)
+
+
+async def reconcile(desk: Desk) -> Plan:
+    """Look at all days, journal those that were missed or cut off for good, and return what is to be asked for.
+
+    Raises `UnreachableError` where a server does not answer: nothing is decided on half of the facts.
+    """
+    book = await desk.book.refresh()
+    if not book.days:
+        return Plan()
+    made = plan(desk.env, book, desk.calendar, desk.setting.clock(), await facts(desk))
+    if made.missed or made.cut_off:
+        await create_streams(desk)
+    for missed in made.missed:
+        await miss(desk, missed.date, missed.reason)
+    for cut_off in made.cut_off:
+        await desk.book.append(cut_off.date, EventName.START_FAILED, data=Failed(error=cut_off.error, transient=True))
+    return made
+
+
+async def facts(desk: Desk) -> Facts:
+    """Ask the cache which days have all their processes, and at which somebody is at work."""
+    recording, held = set(), set()
+    components = day_components(desk.setting.env)
+    for day in desk.book.book.days.values():
+        if day.state not in _LIVE:
+            continue
+        beats = await desk.stores.cache.heartbeats(day.date)
+        if all(name in beats for name in components):
+            recording.add(day.date)
+        if await desk.stores.cache.holder(day.date) is not None:
+            held.add(day.date)
+    return Facts(recording=frozenset(recording), held=frozenset(held))
+
+
+async def miss(desk: Desk, date: str, reason: str) -> None:
+    """Journal a day that is over and was never started; nothing happens where somebody has started it in the meantime."""
+    day = desk.book.book.days.get(date)
+    if day is None:
+        day = await desk.book.append(date, EventName.DEFINED)
+    if day.state is DayState.PENDING:
+        await desk.book.append(date, EventName.MISSED, reason=reason)
+
+
+async def run_ended(desk: Desk, actor: str, outcome: str) -> list[str]:
+    """Tell the days' machine that the run `actor` has ended as `outcome` (failed, was cancelled) without a word of its own.
+
+    A run that ends in order has journaled its failure. Where a day still stands in the attempt of this very run and its lease
+    is gone, the failure is journaled for it; where the lease still stands, `reconcile` finds the day later. Returns what was
+    journaled.
+    """
+    told: list[str] = []
+    for day in (await desk.book.refresh()).days.values():
+        event = {DayState.STARTING: EventName.START_FAILED, DayState.ENDING: EventName.END_FAILED}.get(day.state)
+        if day.actor != actor or event is None or await desk.stores.cache.holder(day.date) is not None:
+            continue
+        under_way = next((step.step for step in day.steps if step.finished_ns is None), None)
+        error = f"the run {actor.partition(':')[2][:8]} {outcome} without a word"
+        data = Failed(step=under_way, error=error, transient=outcome != CANCELLED)
+        with contextlib.suppress(RefusedError):  # somebody has taken the day in the meantime
+            await desk.book.append(day.date, event, epoch=day.epoch, data=data)
+            told.append(f"{day.date}: {error}")
+    return told

@@ -1,0 +1,86 @@
+"""What `ssmd day show` and `ssmd day verify` print of ledgers and verifications."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from ssmd_dagster.cli.day import FAULTS_SHOWN, print_ledger, print_verification
+from ssmd_dagster.day.ledger import BooksLedger, Explanation, Ledger, TradesLedger, WireLedger
+from ssmd_dagster.workflows.verify_sealed import Verification
+from ssmd_dagster_tests.day.test_ledger import trade_ledger
+
+
+def printed(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """Return the printed lines."""
+    return capsys.readouterr().out.splitlines()
+
+
+def test_a_ledger_is_printed_with_what_stands_beside_the_channels(capsys: pytest.CaptureFixture[str]) -> None:
+    """Channels as tables; wire, trades and books as lines."""
+    print_ledger(trade_ledger())
+    lines = printed(capsys)
+    assert [line.split() for line in lines[1:5]] == [
+        ["received", "spooled", "published", "archived"],
+        ["trade", "10", "10", "10", "10"],
+        ["normalised", "duplicates", "control", "rejected", "other_day", "opening_fold"],
+        ["trade", "7", "1", "1", "1", "0", "0"],
+    ]
+    assert lines[5:] == [
+        "  wire: distinct 9, holes 0, duplicates 1",
+        "  trades: exchange 7, captured 7, repaired 0, missing 0, extra 0",
+        "  books: points 4, differing 0, markets 2",
+    ]
+
+
+def test_differences_name_their_gaps_and_parts_without_lines_are_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    """A hole that a gap explains, and one difference that nothing does."""
+    ledger = msgspec.structs.replace(
+        trade_ledger(published=8, archived=10),
+        wire=WireLedger(distinct=9, holes=2, duplicates=0),
+        trades=TradesLedger(),
+        books=BooksLedger(),
+        explanations=(Explanation(difference="wire: holes", gap_id="gap-1-a-0-2-7", size=2),),
+    )
+    print_ledger(ledger)
+    lines = printed(capsys)
+    assert not [line for line in lines if line.startswith(("  trades", "  books"))]
+    assert "  difference: wire: holes +2, explained by gap-1-a-0-2-7" in lines
+    assert "  difference: trade: spooled - published +2, explained by nothing" in lines
+
+
+def verification(*faults: str) -> Verification:
+    """A verification of a degraded day."""
+    return Verification(
+        environment="kalshi-sim",
+        date="2025-12-14",
+        revision=1,
+        condition="degraded",
+        condition_reasons=("gap g stays",),
+        journal=False,
+        changed=bool(faults),
+        examined={"segments": 4, "records": 12_345},
+        faults=faults,
+        ledger=Ledger(),
+    )
+
+
+def test_a_verification_says_what_was_looked_at(capsys: pytest.CaptureFixture[str]) -> None:
+    """And that the journal was away."""
+    print_verification(verification())
+    assert printed(capsys) == [
+        "  segments                 4",
+        "  records             12,345",
+        "  The journal and the stream were not asked",
+        "Trading day 2025-12-14 is what was sealed; its condition is degraded",
+        "  - gap g stays",
+    ]
+
+
+def test_many_faults_are_cut_short(capsys: pytest.CaptureFixture[str]) -> None:
+    """The first ones are named, the others counted."""
+    print_verification(verification(*(f"fault {n}" for n in range(1_000))))
+    lines = printed(capsys)
+    assert sum("fault " in line for line in lines) == FAULTS_SHOWN
+    assert f"  and {1_000 - FAULTS_SHOWN} more; --json has all of them" in lines
+    assert "Trading day 2025-12-14 is not what was sealed; its condition is now degraded" in lines

@@ -1,0 +1,297 @@
+"""What reconcile decides: for every way in which days can lie after the daemon, the machine or a run was away."""
+
+from __future__ import annotations
+
+from datetime import UTC, date, datetime, timedelta
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ssmd_dagster.day.calendar import TradingCalendar
+from ssmd_dagster.day.events import EMPTY_BOOK
+from ssmd_dagster.day.reconcile import (
+    BACK_OFF_MIN,
+    LOOK_BACK_DAYS,
+    MOST_TRIES,
+    NOBODY,
+    RECORDED_WITH,
+    STALE_S,
+    Facts,
+    Plan,
+    Run,
+    permission,
+    plan,
+)
+from ssmd_dagster.day.states import DayState, EventName
+from ssmd_dagster_tests.day.builders import ENV, Log
+
+_E = EventName
+DAY = date(2025, 12, 14)
+
+
+def calendar(*, auto_roll: bool = True) -> TradingCalendar:
+    """Return UTC days from midnight to midnight, started at 00:10."""
+    return TradingCalendar(
+        timezone="UTC", day_start="00:10", day_end="00:00", auto_roll=auto_roll, first_day=date(2025, 1, 1)
+    )
+
+
+def ns(day: date, clock: str = "12:00") -> int:
+    """Return an instant in nanoseconds."""
+    at = datetime.combine(day, datetime.strptime(clock, "%H:%M").time(), tzinfo=UTC)
+    return int(at.timestamp()) * 1_000_000_000
+
+
+TO_STATE: dict[DayState, tuple[EventName, ...]] = {
+    DayState.STARTING: (_E.DEFINED, _E.START_REQUESTED),
+    DayState.ACTIVE: (_E.DEFINED, _E.START_REQUESTED, _E.STARTED),
+    DayState.ERROR: (_E.DEFINED, _E.START_REQUESTED, _E.STARTED, _E.ERROR_RAISED),
+    DayState.ENDING: (_E.DEFINED, _E.START_REQUESTED, _E.STARTED, _E.END_REQUESTED),
+    DayState.COMPLETE: (_E.DEFINED, _E.START_REQUESTED, _E.STARTED, _E.END_REQUESTED, _E.COMPLETED),
+}
+
+
+def put(log: Log, day: date, state: DayState, *, data: dict[str, Any] | None = None, clock: str = "00:05") -> None:
+    """Bring a day into a state; `data` goes with its last event."""
+    events = TO_STATE[state]
+    for event in events:
+        given = data or {} if event is events[-1] else {}
+        log.add(event, date=day.isoformat(), at_ns=ns(day, clock), data=given)
+
+
+def failed(log: Log, day: date, event: EventName, *, transient: bool, exit_code: int = 1) -> None:
+    """Fail a day's start or end."""
+    put(log, day, DayState.STARTING if event is _E.START_FAILED else DayState.ENDING)
+    data = {"error": "no answer", "step": "connector", "transient": transient, "exit_code": exit_code}
+    log.add(event, date=day.isoformat(), at_ns=ns(day, "00:06"), data=data)
+
+
+def decided(log: Log, at_ns: int, *, auto_roll: bool = True, **facts: Any) -> Plan:
+    """Return what is to be done."""
+    known = Facts(**{name: frozenset(day.isoformat() for day in days) for name, days in facts.items()})
+    return plan(ENV, log.book, calendar(auto_roll=auto_roll), at_ns, known)
+
+
+def asked(made: Plan) -> list[tuple[str, str]]:
+    """Return verbs and days in order."""
+    return [(ask.verb, ask.date) for ask in made.asks]
+
+
+def test_an_empty_journal_expects_nothing() -> None:
+    """The first day of an environment is begun by its schedule or by hand."""
+    assert plan(ENV, EMPTY_BOOK, calendar(), ns(DAY)) == Plan()
+
+
+def test_days_around_a_replayed_one_are_not_expected() -> None:
+    """A backfill of an old day says nothing about the days after it."""
+    log = Log()
+    log.add(_E.DEFINED, date=DAY.isoformat(), at_ns=ns(DAY))
+    log.add(_E.START_REQUESTED, date=DAY.isoformat(), at_ns=ns(DAY), data={"mode": "replay"})
+    log.add(_E.STARTED, date=DAY.isoformat(), at_ns=ns(DAY))
+    log.add(_E.END_REQUESTED, date=DAY.isoformat(), at_ns=ns(DAY))
+    log.add(_E.COMPLETED, date=DAY.isoformat(), at_ns=ns(DAY))
+    assert decided(log, ns(DAY + timedelta(days=9))) == Plan()
+
+
+def test_a_running_day_is_left_alone() -> None:
+    """An ACTIVE day within its window, and all COMPLETE ones, need nothing."""
+    log = Log()
+    put(log, DAY - timedelta(days=1), DayState.COMPLETE)
+    put(log, DAY, DayState.ACTIVE)
+    assert decided(log, ns(DAY, "18:00"), recording=[DAY]) == Plan()
+
+
+def test_a_day_that_the_schedule_did_not_start_is_started_after_a_grace() -> None:
+    """Nothing two minutes after `day_start`, a start after that, a message ten minutes after it."""
+    log = Log()
+    put(log, DAY, DayState.COMPLETE)
+    following = DAY + timedelta(days=1)
+    assert asked(decided(log, ns(following, "00:11"))) == []
+    made = decided(log, ns(following, "00:12"))
+    assert (asked(made), made.flags) == ([("start", following.isoformat())], ())
+    (flag,) = decided(log, ns(following, "00:20")).flags
+    assert (flag.kind, flag.command) == ("late", f"ssmd day start {ENV} --date {following}")
+
+
+def test_three_days_without_a_daemon_while_the_capture_records_on() -> None:
+    """The day that records on is rolled into today; the dates in between are journaled as recorded with it."""
+    log = Log()
+    put(log, DAY, DayState.ACTIVE)
+    today = DAY + timedelta(days=3)
+    made = decided(log, ns(today, "09:00"), recording=[DAY])
+    assert asked(made) == [("roll", DAY.isoformat())]
+    between = [(DAY + timedelta(days=days)).isoformat() for days in (1, 2)]
+    assert [(missed.date, missed.reason) for missed in made.missed] == [
+        (day, f"{RECORDED_WITH} {DAY}") for day in between
+    ]
+    assert {flag.kind for flag in made.flags} == {"late"}
+
+
+def test_three_days_without_the_machine() -> None:
+    """Nothing records: today is started, the day that was cut off is ended, and the dates in between were missed."""
+    log = Log()
+    put(log, DAY, DayState.ACTIVE)
+    today = DAY + timedelta(days=3)
+    made = decided(log, ns(today, "09:00"))
+    assert asked(made) == [("start", today.isoformat()), ("end", DAY.isoformat())]
+    assert [missed.reason.startswith(NOBODY) for missed in made.missed] == [True, True]
+
+
+def test_missed_days_are_replayed_and_those_recorded_with_another_are_not() -> None:
+    """Once journaled, a day that nobody started is replayed; the others have their messages."""
+    log = Log()
+    put(log, DAY, DayState.ACTIVE)
+    for days, reason in ((1, f"{NOBODY}, and it is over"), (2, f"{RECORDED_WITH} {DAY}"), (3, "paused by cli:a@b")):
+        missed = (DAY + timedelta(days=days)).isoformat()
+        log.add(_E.DEFINED, date=missed, at_ns=ns(DAY))
+        log.add(_E.MISSED, date=missed, at_ns=ns(DAY), reason=reason)
+    today = DAY + timedelta(days=4)
+    put(log, today, DayState.ACTIVE)
+    made = decided(log, ns(today), recording=[DAY, today])
+    assert asked(made) == [("end", DAY.isoformat()), ("replay", (DAY + timedelta(days=1)).isoformat())]
+    assert made.missed == ()
+
+
+def test_a_day_that_is_over_is_rolled_or_ended_after_the_schedules_grace() -> None:
+    """Three minutes after midnight: with `auto_roll` a roll, else an end; before that the schedule's roll goes on."""
+    log = Log()
+    put(log, DAY, DayState.ACTIVE)
+    after = DAY + timedelta(days=1)
+    assert asked(decided(log, ns(after, "00:02"), recording=[DAY])) == []
+    assert asked(decided(log, ns(after, "00:03"), recording=[DAY])) == [("roll", DAY.isoformat())]
+    assert asked(decided(log, ns(after, "00:03"), auto_roll=False, recording=[DAY])) == [("end", DAY.isoformat())]
+    assert asked(decided(log, ns(after, "00:12"), recording=[DAY])) == [("roll", DAY.isoformat())], "not a start too"
+    put(log, after, DayState.ACTIVE)
+    assert asked(decided(log, ns(after, "00:12"), recording=[DAY, after])) == [("end", DAY.isoformat())]
+
+
+@pytest.mark.parametrize(("state", "verb"), [(DayState.STARTING, "start"), (DayState.ENDING, "end")])
+def test_a_verb_that_was_cut_off_is_done_again_once_its_lease_is_gone(state: DayState, verb: str) -> None:
+    """Not while somebody holds the lease, nor within the first minute."""
+    log = Log()
+    put(log, DAY, state, clock="11:59")
+    soon, later = ns(DAY, "12:00"), ns(DAY, "12:01") + STALE_S * 1_000_000_000
+    assert asked(decided(log, soon)) == []
+    assert asked(decided(log, later, held=[DAY])) == []
+    assert asked(decided(log, later)) == [(verb, DAY.isoformat())]
+
+
+def test_a_start_that_was_cut_off_is_failed_once_its_day_is_over() -> None:
+    """A live start of a day that is over would record another day's messages."""
+    log = Log()
+    put(log, DAY, DayState.STARTING)
+    made = decided(log, ns(DAY + timedelta(days=1), "00:05"))
+    assert [entry.date for entry in made.cut_off] == [DAY.isoformat()]
+    assert ("start", DAY.isoformat()) not in asked(made)
+
+
+@pytest.mark.parametrize(
+    ("event", "transient", "after_days", "expected"),
+    [
+        (_E.START_FAILED, True, 0, "start"),
+        (_E.START_FAILED, False, 0, None),
+        (_E.START_FAILED, True, 1, "replay"),
+        (_E.START_FAILED, False, 1, None),
+        (_E.END_FAILED, True, 0, "end"),
+        (_E.END_FAILED, True, 1, "end"),
+        (_E.END_FAILED, False, 1, None),
+    ],
+)
+def test_what_failed_is_tried_again_only_for_a_transient_cause(
+    event: EventName, transient: bool, after_days: int, expected: str | None
+) -> None:
+    """Configuration, refused credentials and unexplained differences wait for a person, and are flagged."""
+    log = Log()
+    failed(log, DAY, event, transient=transient)
+    today = DAY + timedelta(days=after_days)
+    if after_days:
+        put(log, today, DayState.ACTIVE)
+    made = decided(log, ns(today), recording=[today])
+    assert asked(made) == ([(expected, DAY.isoformat())] if expected else [])
+    assert ("stuck" in {flag.kind for flag in made.flags}) is (expected is None)
+
+
+def test_what_gave_up_is_ended_once_its_day_is_over() -> None:
+    """A day that recorded something is proved, whatever it gave up for."""
+    log = Log()
+    put(log, DAY, DayState.ERROR)
+    log.add(_E.GAVE_UP, date=DAY.isoformat(), at_ns=ns(DAY, "01:00"), data={"transient": False})
+    today = DAY + timedelta(days=1)
+    put(log, today, DayState.ACTIVE)
+    assert asked(decided(log, ns(DAY))) == []
+    assert asked(decided(log, ns(today), recording=[today])) == [("end", DAY.isoformat())]
+
+
+def test_a_paused_environment_is_left_alone() -> None:
+    """Nothing is decided; who paused it, since when and why is said."""
+    log = Log()
+    put(log, DAY, DayState.ACTIVE)
+    log.add(_E.PAUSED, date=DAY.isoformat(), at_ns=ns(DAY, "10:00"), reason="new disks")
+    made = decided(log, ns(DAY + timedelta(days=3)))
+    assert made == Plan(
+        paused="paused by cli:test@host since 2025-12-14T10:00:00+00:00: new disks; `ssmd env resume kalshi-test`"
+    )
+
+
+def test_an_environment_that_rested_for_a_year_is_not_flooded() -> None:
+    """Dates further back than a month are not journaled one by one."""
+    log = Log()
+    put(log, DAY, DayState.COMPLETE)
+    assert len(decided(log, ns(DAY + timedelta(days=365))).missed) == LOOK_BACK_DAYS
+
+
+@given(
+    states=st.lists(st.sampled_from([None, *TO_STATE]), min_size=1, max_size=6),
+    hours=st.integers(0, 24 * 8),
+    recording=st.sets(st.integers(0, 5)),
+    held=st.sets(st.integers(0, 5)),
+    auto_roll=st.booleans(),
+)
+def test_no_day_is_forgotten_and_none_is_asked_for_twice(
+    states: list[DayState | None], hours: int, recording: set[int], held: set[int], auto_roll: bool
+) -> None:
+    """Whatever the states: at most one ask a day, and each day that is over is COMPLETE, asked for, journaled or held."""
+    log = Log()
+    put(log, DAY, DayState.COMPLETE)
+    for number, state in enumerate(states, start=1):
+        if state is not None:
+            put(log, DAY + timedelta(days=number), state)
+    now = ns(DAY + timedelta(days=1), "00:30") + hours * 3_600_000_000_000
+    facts = {
+        "recording": [DAY + timedelta(days=n) for n in recording],
+        "held": [DAY + timedelta(days=n) for n in held],
+    }
+    made = decided(log, now, auto_roll=auto_roll, **facts)
+    dates = [ask.date for ask in made.asks]
+    assert len(set(dates)) == len(dates)
+    handled = {*dates, *(entry.date for entry in made.missed), *(entry.date for entry in made.cut_off)}
+    today = calendar().date_at(now)
+    day = DAY
+    while day < today - timedelta(days=1):
+        known = log.book.days.get(day.isoformat())
+        is_held = known is not None and known.state in (DayState.STARTING, DayState.ENDING) and day in facts["held"]
+        done = known is not None and known.state is DayState.COMPLETE
+        assert done or is_held or day.isoformat() in handled, (day, known and known.state)
+        day += timedelta(days=1)
+
+
+def test_pauses_between_failed_runs_grow_to_a_quarter_of_an_hour() -> None:
+    """The number of an attempt counts all runs of that job and day; a success starts the pauses anew."""
+    assert permission("start", [], 0.0).attempt == 1
+    runs: list[Run] = []
+    for failures, minutes in enumerate([*BACK_OFF_MIN, 15], start=1):
+        runs.insert(0, Run(ended_s=1000.0, succeeded=False))
+        assert "the next one in 1 s" in permission("start", runs, 1000 + 60 * minutes - 1).why_not
+        assert permission("start", runs, 1000 + 60 * minutes).attempt == failures + 1
+    runs.insert(0, Run(ended_s=5000.0, succeeded=True))
+    assert permission("start", runs, 5000.0).attempt == len(runs) + 1
+    runs.insert(0, Run(ended_s=None, succeeded=False))
+    assert permission("start", runs, 9e9).why_not == "a run of it is queued or running"
+
+
+def test_after_so_many_failures_a_person_is_needed() -> None:
+    """A replay is tried three times."""
+    runs = [Run(ended_s=0.0, succeeded=False)] * MOST_TRIES["replay"]
+    assert permission("replay", runs, 9e9).why_not == "3 runs of it failed; a person is needed"
