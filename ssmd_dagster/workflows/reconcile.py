@@ -43,12 +43,11 @@ async def reconcile(desk: Desk) -> Plan:
 async def facts(desk: Desk) -> Facts:
     """Ask the cache which days have all their processes, and at which somebody is at work."""
     recording, held = set(), set()
-    components = day_components(desk.setting.env)
     for day in desk.book.book.days.values():
         if day.state not in _LIVE:
             continue
         beats = await desk.stores.cache.heartbeats(day.date)
-        if all(name in beats for name in components):
+        if all(name in beats for name in day_components(desk.setting.env, day.mode)):
             recording.add(day.date)
         if await desk.stores.cache.holder(day.date) is not None:
             held.add(day.date)

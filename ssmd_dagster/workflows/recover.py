@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from datetime import date as Date  # noqa: N812 - `date` is the contract's word for the written form
 from typing import Any
 
-from ssmd_dagster.capture.programs import day_components
+from ssmd_dagster.capture.programs import day_components, day_group
 from ssmd_dagster.day.events import TradingDay
 from ssmd_dagster.day.payloads import ErrorRaised, Mode
 from ssmd_dagster.day.states import DayState, EventName
@@ -65,10 +65,19 @@ def _verb_for(desk: Desk, day: TradingDay) -> Verb:
 async def may_recover(attempt: Attempt) -> bool:
     """See what a day that ran needs; False where all its processes live and have no trouble."""
     day = await attempt.desk.book.day(attempt.date)
-    beats = await attempt.desk.stores.cache.heartbeats(attempt.date)
-    return day is not None and (
-        day.state is DayState.ERROR or bool(troubles(attempt.desk.setting.env, beats, day.mode))
-    )
+    return day is not None and (day.state is DayState.ERROR or bool(await _troubles_of(attempt.desk, day)))
+
+
+async def _troubles_of(desk: Desk, day: TradingDay) -> list[str]:
+    """Return what is wrong with a day's processes, by their heartbeats and by the supervisor.
+
+    Behind a power cut the heartbeats of processes that are gone stand for some seconds more.
+    """
+    beats = await desk.stores.cache.heartbeats(day.date)
+    found = troubles(desk.setting.env, beats, day.mode)
+    alive = {state.name for state in await desk.supervisor.states(day_group(desk.env, day.date)) if state.alive}
+    dead = [name for name in day_components(desk.setting.env, day.mode) if name in beats and name not in alive]
+    return found + [f"{name} does not run" for name in dead]
 
 
 def troubles(env: Environment, beats: Mapping[str, Mapping[str, Any]], mode: Mode = "live") -> list[str]:
@@ -84,8 +93,7 @@ async def take(attempt: Attempt) -> TradingDay:
     assert day is not None
     if day.state is DayState.ERROR:
         return day
-    found = troubles(desk.setting.env, await desk.stores.cache.heartbeats(date), day.mode)
-    error = "; ".join(found) or "recovery was asked for"
+    error = "; ".join(await _troubles_of(desk, day)) or "recovery was asked for"
     return await desk.book.append(
         date, EventName.ERROR_RAISED, reason=attempt.options.reason, data=ErrorRaised(error=error)
     )

@@ -6,6 +6,7 @@ import asyncio
 import json
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -111,9 +112,13 @@ def a_recording(
     rng = random.Random(f"{conn} {seed}")
     recording = Recording(conn, **where)
     recording.begin()
-    for seq in range(frames):
+    numbers: Counter[str] = Counter()
+    for _ in range(frames):
         kind = rng.choice(["trade", "trade", "ticker", "orderbook_delta", "unheard_of"])
-        recording.frame(kind, sid=len(kind), seq=seq, ticker=f"KX-{rng.randrange(3)}", pad="x" * rng.randrange(60))
+        numbers[kind] += 1
+        recording.frame(
+            kind, sid=len(kind), seq=numbers[kind], ticker=f"KX-{rng.randrange(3)}", pad="x" * rng.randrange(60)
+        )
         chance = rng.random()
         if chance < 0.1:
             recording.recorder.flush()

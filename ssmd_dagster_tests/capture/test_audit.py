@@ -205,12 +205,15 @@ async def test_a_batch_that_no_message_takes_does_not_keep_the_others_back(tmp_p
 async def test_an_audit_finishes_declares_publishes_and_counts_and_a_second_one_does_nothing(
     setting: Setting, stores: Stores, book: DayBook
 ) -> None:
-    """A lost connection, a crash without a successor, and batches that the stream lacks, all at once."""
+    """A lost connection, a crash without a successor just behind a hole, and batches that the stream lacks, all at once."""
     directory = spool_dir(setting.home, setting.env.name, DATE)
     env = setting.env.name
     lost = a_recording("3-a-0", env=env, end=False)
     lost.end(told=False)
     crashed = a_recording("3-a-1", env=env, end=False, clock=lost.clock)
+    for seq in (1, 2, 5):
+        crashed.frame("trade", sid=99, seq=seq)
+    crashed.recorder.flush()
     for recording in (lost, crashed):
         recording.write(directory)
     await publish(stores, *lost.batches()[:5])
@@ -228,6 +231,7 @@ async def test_an_audit_finishes_declares_publishes_and_counts_and_a_second_one_
     spooled = spooled_batches(directory / "3-a-0.batches", directory / "3-a-1.batches")
     assert set(await stores.raw_stream.batches(DATE)) == ids(*spooled)
     assert [(gap.gap_id, gap.cause, gap.outcome) for gap in day.gaps] == [
+        ("gap-3-a-1-99-2", "sequence_jump", "stays"),
         ("gap-3-a-0", "connection_lost", "stays"),
         ("gap-3-a-1", "process_crash", "open"),
     ]

@@ -147,6 +147,7 @@ def test_a_recovery_finishes_what_was_cut_off_and_leaves_alone_what_runs(in_hous
     in_house.ssmd("day", "end", simulated)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("impatient")
 def test_a_day_that_cannot_be_ended_does_not_keep_the_next_one_from_being_recorded(
     in_house: House, simulated: str, instance: dg.DagsterInstance

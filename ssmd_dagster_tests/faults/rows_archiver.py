@@ -73,7 +73,7 @@ def in_error(stage: Stage, words: str, timeout_s: float = 60.0) -> None:
     assert words in status["error"]
 
 
-@scenario("A1", "kill -9 at each of nine points of storing a segment", "every batch once", quick=True)
+@scenario("A1", "kill -9 at each of nine points of storing a segment", "every batch once")
 def archiver_crashes(stage: Stage) -> None:
     """In an order drawn by lot, one death at each point, in one day."""
     for point in stage.random.sample(CRASH_POINTS, len(CRASH_POINTS)):

@@ -37,7 +37,7 @@ def new_connection(stage: Stage, before: str, timeout_s: float = 60.0) -> None:
     )
 
 
-@scenario("C1", "kill -9 connector", "its spool is published, the gap is declared with its cause", quick=True)
+@scenario("C1", "kill -9 connector", "its spool is published, the gap is declared with its cause")
 def connector_killed(stage: Stage) -> None:
     """Twice, at random moments under load."""
     for _ in range(2):

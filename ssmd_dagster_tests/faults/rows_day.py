@@ -148,9 +148,7 @@ def stale_starter(stage: Stage) -> None:
     stage.flows()
 
 
-@scenario(
-    "D4", "Redis: FLUSHALL, kill -9, torn file, an old copy", "rebuilt from the journal, and equal to it", quick=True
-)
+@scenario("D4", "Redis: FLUSHALL, kill -9, torn file, an old copy", "rebuilt from the journal, and equal to it")
 def cache_lost(stage: Stage) -> None:
     """One after the other, in an order drawn by lot; capture goes on throughout."""
     folder = stage.valkey.folder

@@ -183,6 +183,7 @@ def test_an_object_that_is_already_there_is_never_overwritten(house: House, env_
         house.ssmd("day", "end", env_name)
 
 
+@pytest.mark.long
 def test_a_spoilt_archive_keeps_the_day_from_being_complete(house: House, simulated: str) -> None:
     """A flipped bit in a stored segment: exit code 6, the segment is named, and the day is FAILED until it is mended."""
     house.ssmd("day", "start", simulated)

@@ -25,7 +25,7 @@ def points(verb: str, steps: list[str]) -> list[str]:
 START_POINTS = points("start", [step.name for step in START.steps])
 END_POINTS = points("end", [step.name for step in END.steps])
 RECOVER_POINTS = points("recover", [step.name for step in RECOVER.steps])
-QUICK = {"start.connector.after", "end.stop.after"}
+QUICK = {"start.connector.after"}
 
 
 def _choose(all_points: list[str]) -> list[object]:

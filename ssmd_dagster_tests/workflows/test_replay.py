@@ -123,6 +123,7 @@ def test_a_range_is_backfilled_with_one_command(built: House) -> None:
     assert {one["outcome"] for one in again["days"]} == {"complete already"}
 
 
+@pytest.mark.long
 def test_one_bad_day_does_not_stop_the_others(built: House) -> None:
     """An exchange that refuses the credentials for one day: it is named, exit code 1, the next command mends it."""
     first, last = ago(built, 52), ago(built, 51)
