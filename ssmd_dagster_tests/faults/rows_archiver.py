@@ -208,6 +208,9 @@ def s3_in_trouble(stage: Stage) -> None:
             stage.to_s3._target = port
         stage.to_s3.heal()
         flushed(stage, 90)
+        stage.wait(
+            lambda: stage.beat("archiver").get("state") == "archiving", "the archiver to say that it is well", 30
+        )
         stage.notes[trouble] = round(time.monotonic() - since, 1)
     stage.flows()
 

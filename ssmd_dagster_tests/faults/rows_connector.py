@@ -7,6 +7,8 @@ import os
 import signal
 import time
 
+import psutil
+
 from ssmd_dagster.capture.setting import clock_path
 from ssmd_dagster_tests.faults.scenario import scenario
 from ssmd_dagster_tests.faults.stage import ENV, NS, Stage
@@ -232,7 +234,7 @@ def burst_with_slow_nats(stage: Stage) -> None:
     stage.to_nats.slow(100_000, "connector-a")
     stage.pause(12.0, 15.0)
     assert pid is not None
-    rss = int(open(f"/proc/{pid}/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE") >> 20  # noqa: PTH123, SIM115
+    rss = psutil.Process(pid).memory_info().rss >> 20
     stage.notes["rss_mib"] = rss
     assert rss < 200
     stage.exchange("rate", {"rate": 500})
