@@ -23,8 +23,8 @@ down: $(READY) ## stop everything that `make up` started
 test: $(READY) ## run the tests
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not long"
 
-test-long: $(READY) ## run the long tests too: every crash point
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+test-long: $(READY) ## run the long tests too: every crash point, and new examples for every rule
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal --hypothesis-profile=default
 
 faults: $(READY) ## break everything that can break, and write docs/fault-matrix.md from the results
 	rm -rf $(REPORTS)/rows

@@ -6,9 +6,13 @@ import itertools
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 
 from ssmd_dagster_tests import servers
 from ssmd_dagster_tests.house import House
+
+settings.register_profile("ordinary", derandomize=True)
+settings.load_profile("ordinary")  # the same examples every time; `make test-long` looks for new ones
 
 _numbers = itertools.count()
 
