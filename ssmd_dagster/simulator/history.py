@@ -83,7 +83,13 @@ class History:
         write_file(self._path, json.dumps({"spans": self.spans}).encode())
 
     def leapt(self, from_s: int, to_s: int) -> None:
-        """Take note that the clock leapt ahead over a time that nobody lived through; short hops are lived through."""
+        """Take note that the clock leapt ahead over a time that nobody lived through; short hops are lived through.
+
+        Where it went back, what it comes by again is lived through now, so the past ends there.
+        """
+        if to_s < from_s and any(high > to_s for _, high in self.spans):
+            self.spans = [(low, min(high, to_s)) for low, high in self.spans if low < to_s]
+            self._keep()
         if self.trades_per_day and to_s > from_s + JUMP_S and seconds_within(self.spans, from_s, to_s) == 0:
             self.spans.append((from_s, to_s))
             self.spans.sort()
