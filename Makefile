@@ -9,7 +9,7 @@ SEEDS ?= 3
 MINUTES ?= 10
 SEED ?= 1
 
-.PHONY: demo up down test test-long faults chaos lint format bench clean
+.PHONY: demo up down test test-long faults chaos week lint format bench clean
 
 demo: $(READY) ## run a whole trading day on a simulated exchange, in about a minute
 	$(BIN)/ssmd demo
@@ -34,6 +34,9 @@ faults: $(READY) ## break everything that can break, and write docs/fault-matrix
 
 chaos: $(READY) ## kill anything at random for MINUTES while a day runs
 	$(BIN)/python -m ssmd_dagster_tests.faults.chaos --minutes $(MINUTES) --seed $(SEED) --report $(REPORTS)/chaos
+
+week: $(READY) ## a week in minutes, broken and brought back by schedules and sensors alone; about 15 minutes
+	$(BIN)/python -m pytest ssmd_dagster_tests/defs/test_week.py
 
 lint: $(READY) ## format, style, types, arrows of the house
 	$(BIN)/ruff format --check .

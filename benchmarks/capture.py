@@ -2,8 +2,10 @@
 
 First the parts that need no server and the archiver by itself against a real NATS server, then whole processes: the simulated
 exchange, a NATS server with `sync_interval: always` and a connector share the machine, and what the stream has acknowledged is
-counted; beside it a bare read loop with picows and one with the `websockets` library. Wants two quiet cores and about four
-minutes; what is given per second of CPU hardly depends on who else is at work.
+counted; beside it a bare read loop with picows and one with the `websockets` library. At full speed the exchange sends what
+the connector's socket takes, and no more: one that is told a rate beyond that spends the connector's share of the machine on
+frames that it then throws away. Wants two quiet cores and about four minutes; what is given per second of CPU hardly depends
+on who else is at work.
 """
 
 from __future__ import annotations
@@ -18,9 +20,11 @@ import statistics
 import subprocess
 import tempfile
 import time
+import urllib.request
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import aiohttp
 import msgspec
@@ -58,6 +62,7 @@ MARKETS = 500
 SUBSCRIBE = {"channels": ["orderbook_delta", "trade"]}
 FRAMES = 300_000
 QUIET_PER_S, BUSY_PER_S = 5, 5_000
+CALM_PER_S = 1_000
 LINGER_NS = 50_000_000
 
 
@@ -71,7 +76,8 @@ class Stack:
 
     def __init__(self, house: House) -> None:
         self.house = house
-        url = read_stack(house.home).cache
+        addresses = read_stack(house.home)
+        url, self._exchange = addresses.cache, addresses.simulators[ENV].rest_endpoint
         assert url is not None
         self._redis = redis.Redis.from_url(url, password=load_secrets(house.home)["SSMD_REDIS_PASSWORD"], protocol=2)
 
@@ -92,6 +98,12 @@ class Stack:
                 if words in (line := " ".join(process.cmdline())) and home in line:
                     return process
         raise LookupError(words)
+
+    def full_speed(self) -> None:
+        """Let the exchange send as fast as the connector reads."""
+        told = urllib.request.Request(f"{self._exchange.split('/trade-api')[0]}/sim/rate", data=b'{"rate":0}')
+        with urllib.request.urlopen(told, timeout=10):
+            pass
 
     def gateway(self) -> psutil.Process:
         """Return the gateway's process."""
@@ -115,7 +127,7 @@ def stack(rate: float) -> Iterator[Stack]:
         try:
             began = time.monotonic()
             house.ssmd("day", "start", ENV)
-            if rate <= BUSY_PER_S:
+            if rate == BUSY_PER_S:
                 took_s = time.monotonic() - began
                 row("`ssmd day start` to ACTIVE", f"{took_s:.1f} s", "< 5 s", took_s < 5, "the whole command")
             yield Stack(house)
@@ -125,10 +137,10 @@ def stack(rate: float) -> Iterator[Stack]:
 
 def connector_at_full_speed() -> None:
     """Messages a second from the socket to the acknowledged batch, and what the processes weigh afterwards."""
-    with stack(1_000_000) as running:
+    with stack(CALM_PER_S) as running:
         beat = running.beat
-        until(lambda: beat("connector-a").get("frames", 0) > 100_000)
-        asleep = [running.process("archiver"), running.gateway()]
+        running.full_speed()
+        until(lambda: beat("connector-a").get("frames", 0) > 200_000)
         heaviest = {"connector-a": 0, "archiver": 0}
 
         def weigh(seconds: float) -> None:
@@ -143,32 +155,26 @@ def connector_at_full_speed() -> None:
             "exchange": running.server("ssmd_dagster.simulator"),
             "NATS": running.server("nats-server"),
         }
-        for process in asleep:
+        readers = {"archiver": running.process("archiver"), "gateway": running.gateway()}
+        for process in readers.values():
             process.suspend()
         try:
-            time.sleep(1)
-            before = {name: _cpu_s(process) for name, process in measured.items()}
-            rate, behind, count = _rate(beat, lambda: weigh(SECONDS))
-            cpu_us = {name: (_cpu_s(process) - before[name]) / count * 1e6 for name, process in measured.items()}
+            speed = _speed(beat, measured, lambda: weigh(SECONDS))
         finally:
-            for process in asleep:
+            for process in readers.values():
                 process.resume()
         row(
             "connector, socket to acknowledged batch",
-            f"{rate:,.0f} msg/s",
+            f"{speed.per_s:,.0f} msg/s",
             "≥ 150,000",
-            rate >= 150_000,
-            f"beside exchange and NATS; {behind} batches behind",
+            speed.per_s >= 150_000,
+            f"beside exchange and NATS; {speed.behind} batches behind",
         )
-        row(
-            "CPU of that, a message",
-            ", ".join(f"{name} {us:.1f} µs" for name, us in cpu_us.items()),
-            "",
-            None,
-            f"two cores of their own would carry {2e6 / sum(cpu_us.values()):,.0f} msg/s",
-        )
-        rate, behind, _ = _rate(beat, lambda: weigh(2 * SECONDS))
-        row("the same, archiver and gateway at work too", f"{rate:,.0f} msg/s", "", None, f"{behind} batches behind")
+        _cpu_row(speed)
+        speed = _speed(beat, {**measured, **readers}, lambda: weigh(2 * SECONDS))
+        note = f"{speed.behind} batches behind"
+        row("the same, archiver and gateway at work too", f"{speed.per_s:,.0f} msg/s", "", None, note)
+        _cpu_row(speed)
         row(
             "connector's memory",
             f"{heaviest['connector-a'] >> 20} MiB",
@@ -192,18 +198,43 @@ def _end(house: House) -> None:
         raise SystemExit(f"the day could not be ended: {output}{errors}")
 
 
+class Speed(NamedTuple):
+    """Records a second that the stream acknowledged, batches that it had not at the end, and CPU time a frame, in µs."""
+
+    per_s: float
+    behind: int
+    cpu_us: dict[str, float]
+
+
+def _speed(
+    beat: Callable[[str], dict[str, Any]], processes: dict[str, psutil.Process], meanwhile: Callable[[], None]
+) -> Speed:
+    """Measure from one heartbeat of the connector to another, by its own count and clock."""
+    first, before = _fresh(beat), {name: _cpu_s(process) for name, process in processes.items()}
+    meanwhile()
+    last, after = _fresh(beat), {name: _cpu_s(process) for name, process in processes.items()}
+    if first["conn"] != last["conn"]:
+        raise SystemExit(f"connection {first['conn']} broke while it was measured")
+    frames, records = (last[key] - first[key] for key in ("frames", "acked_records"))
+    cpu_us = {name: (after[name] - before[name]) / frames * 1e6 for name in processes}
+    return Speed(records / ((last["at_ns"] - first["at_ns"]) / 1e9), last["unacked_batches"], cpu_us)
+
+
+def _fresh(beat: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
+    """Return the connector's next heartbeat, at once when it comes."""
+    old = beat("connector-a")["at_ns"]
+    return dict(until(lambda: new if (new := beat("connector-a"))["at_ns"] != old else None))
+
+
 def _cpu_s(process: psutil.Process) -> float:
     times = process.cpu_times()
     return float(times.user + times.system)
 
 
-def _rate(beat: Callable[[str], dict[str, Any]], meanwhile: Callable[[], None]) -> tuple[float, int, int]:
-    """Return frames a second by the connector's own count and clock, the batches not acknowledged, and how many frames."""
-    first = beat("connector-a")
-    meanwhile()
-    last = beat("connector-a")
-    count = last["frames"] - first["frames"]
-    return count / ((last["at_ns"] - first["at_ns"]) / 1e9), last["unacked_batches"], count
+def _cpu_row(speed: Speed) -> None:
+    words = ", ".join(f"{name} {us:.1f} µs" for name, us in speed.cpu_us.items())
+    note = f"two cores of their own would carry {2e6 / sum(speed.cpu_us.values()):,.0f} msg/s"
+    row("CPU of that, a message", words, "", None, note)
 
 
 def latency() -> None:
@@ -360,13 +391,18 @@ def sealed(frames: list[bytes], per_s: float | None) -> list[bytes]:
 def parts(frames: list[bytes]) -> None:
     """The connector's work without a socket, the size of what is archived, and the verification's reading."""
     count = len(frames)
+    mean = sum(map(len, frames)) / count
+    kinds = Counter(json.loads(payload)["type"] for payload in frames)
+    shares = ", ".join(
+        f"{number / count:.1%} {kind}" for kind, number in kinds.most_common() if number / count > 0.0005
+    )
+    row("frames", f"{mean:.0f} bytes on average", "", None, shares)
     began = time.process_time()
     origin, flushes = recorded(frames, None)
     row("decode and record", f"{count / (time.process_time() - began):,.0f} msg/s", "", None, "a second of one core")
     began = time.process_time()
     batches = [seal(origin, unsealed) for flush in flushes for unsealed in flush]
     row("seal (zstd, sha256)", f"{count / (time.process_time() - began):,.0f} msg/s", "", None, "a second of one core")
-    mean = sum(map(len, frames)) / count
     for name, per_s, limit in (("quiet", QUIET_PER_S, 60), ("busy", BUSY_PER_S, 30)):
         part = frames[: 18_000 if per_s == QUIET_PER_S else count]
         with tempfile.TemporaryDirectory(prefix="ssmd-bench-") as folder:

@@ -290,6 +290,9 @@ class Exchange(Protocol):
     async def closed(self, at_ns: int) -> Closed | None:
         """Ask the exchange whether it says, now, that it is closed at `at_ns`; None where it does not say so."""
 
+    async def maintenance(self) -> Sequence[tuple[int, int]]:
+        """Ask the exchange for the maintenance that it has announced: from and to, the end not part of it."""
+
     def trades(self, from_ns: int, to_ns: int, ticker: str | None = None) -> AsyncIterator[Trade]:
         """Yield the exchange's own list of trades in `[from_ns, to_ns]`, newest first, each trade id once."""
 
@@ -361,6 +364,12 @@ class RowReader(Protocol):
         """Read a block of messages that parsed as `wire_type(channel)`, further fields behind the known ones.
 
         Says of a message that it is readable only if `rows` would say the same of it.
+        """
+
+    def pages(self, messages: Sequence[bytes]) -> tuple[Columns, list[int]] | None:
+        """Read recorded pages of today's shape as a whole, with how many rows each has.
+
+        None where one of them is something else or has a row or a key that `rows` has to look at.
         """
 
     def rows(self, message: bytes) -> ReadMessage:

@@ -135,10 +135,12 @@ def book_from(
         known = (
             f"its first snapshot is of {_time(pc.min(first['event_ns']).as_py())}"
             if len(first)
-            else "it has no snapshot"
+            else "there is no snapshot of it up to then"
         )
+        inside = [_hole(hole) for hole in holes if hole["from_ns"] <= at_ns < hole["to_ns"]]
         raise BookUnknownError(
-            f"the book of {ticker} is not known at {_time(at_ns)}: {known}", do="Ask for a later instant"
+            f"the book of {ticker} is not known at {_time(at_ns)}: {'; '.join([known, *inside])}",
+            do="Ask for a later instant",
         )
     # A snapshot received inside a hole ends it for its market: only what began after it counts.
     since = [hole for hole in holes if feed.recv_ns[begin] <= hole["from_ns"] <= at_ns]
@@ -464,11 +466,15 @@ def _holes(selection: Selection) -> list[dict[str, Any]]:
 
 
 def _unknown(ticker: str, at_ns: int, holes: Iterable[dict[str, Any]]) -> BookUnknownError:
-    told = "; ".join(f"{hole['cause']} from {_time(hole['from_ns'])} to {_time(hole['to_ns'])}" for hole in holes)
+    told = "; ".join(map(_hole, holes))
     return BookUnknownError(
         f"the book of {ticker} is not known at {_time(at_ns)}: {told}, and no snapshot since",
         do="Ask for an instant before the hole or after the next snapshot, or allow an unknown book",
     )
+
+
+def _hole(hole: dict[str, Any]) -> str:
+    return f"{hole['cause']} from {_time(hole['from_ns'])} to {_time(hole['to_ns'])}"
 
 
 def _time(at_ns: int) -> str:

@@ -20,9 +20,11 @@ import pyarrow.json
 from ssmd_dagster.archive.drift import Drift, DriftLog
 from ssmd_dagster.archive.records import parse_record
 from ssmd_dagster.archive.tables import LIFECYCLE, ORDERBOOK, TICKER, TRADE, WORD
-from ssmd_dagster.exchange import Row, RowReader
+from ssmd_dagster.exchange import REST, Row, RowReader
 
 NOT_JSON, NOT_A_RECORD = "not JSON", "not a record"
+ROWS_AT_ONCE = 2_000
+"""How many rows of a table that are read one by one wait in memory, where each takes a kilobyte."""
 
 
 def _loose(schema: pa.Schema) -> pa.Schema:
@@ -65,11 +67,13 @@ class BlockRows(NamedTuple):
 
 def read_block(reader: RowReader, channel: str, records: bytes) -> BlockRows:
     """Read the lines of one channel of one connection. Safe in any thread; memory: about three times the block."""
-    lines = records.count(b"\n")
+    lines = int(np.count_nonzero(np.frombuffer(records, np.uint8) == ord("\n")))  # several times as fast as `count`
     drift = DriftLog()
     quick, left = _read_quickly(reader, channel, records, lines, drift)
     slow = _Patient(reader, drift)
-    if left is None:
+    if channel == REST and (paged := _read_pages(reader, records)) is not None:
+        quick["trade"], slow.control = paged
+    elif left is None:
         for line in records.splitlines():
             slow.take(line)
     elif len(left):
@@ -128,6 +132,26 @@ def _read_quickly(
     return {read.table: table.cast(loose)}, np.flatnonzero(~ok)
 
 
+def _read_pages(reader: RowReader, records: bytes) -> tuple[pa.Table, int] | None:
+    """Return the rows of a block of pages, and how many pages have none; None where they have to be read one by one."""
+    try:
+        read = [parse_record(line) for line in records.splitlines()]
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+    found = reader.pages([bytes(record.wire) for record in read])
+    if found is None:
+        return None
+    rows, counts = found
+    columns = rows.columns | {
+        name: pa.array(np.repeat(np.array([getattr(record, name) for record in read], np.int64), counts))
+        for name in ("n", "recv_ns")
+    }
+    loose = LOOSE[rows.table]
+    table = pa.Table.from_arrays([_as(columns[field.name], field.type) for field in loose], names=loose.names)
+    made: pa.Table = table.cast(loose)
+    return made, counts.count(0)
+
+
 def _as(array: pa.Array, kind: pa.DataType) -> pa.Array:
     if kind == WORD and not pa.types.is_dictionary(array.type):
         return array.dictionary_encode()
@@ -140,6 +164,7 @@ class _Patient:
     def __init__(self, reader: RowReader, drift: DriftLog) -> None:
         self._reader, self._drift = reader, drift
         self._rows: dict[str, list[Row]] = {}
+        self._tables: dict[str, list[pa.Table]] = {}
         self.markets: list[Row] = []
         self.control = 0
         self.rejected_pages: list[int] = []
@@ -174,17 +199,21 @@ class _Patient:
             for row in message.rows:
                 row["n"], row["recv_ns"] = record.n, record.recv_ns
                 target.append(row)
+            if len(target) > ROWS_AT_ONCE:
+                self._make_table(message.table)
         return None
 
     def _reject(self, reason: str, line: bytes, kind: str = "") -> None:
         self.rejected[reason] += 1
         self._drift.add("shape", f"{kind}: {reason}" if kind else reason, "", 1, line)
 
+    def _make_table(self, name: str) -> None:
+        schema, rows = LOOSE[name], self._rows.pop(name)
+        arrays = [pa.array([row.get(field.name) for row in rows], field.type) for field in schema]
+        self._tables.setdefault(name, []).append(pa.Table.from_arrays(arrays, schema=schema))
+
     def tables(self) -> dict[str, pa.Table]:
         """Return the rows."""
-        tables: dict[str, pa.Table] = {}
-        for name, rows in self._rows.items():
-            schema = LOOSE[name]
-            arrays = [pa.array([row.get(field.name) for row in rows], field.type) for field in schema]
-            tables[name] = pa.Table.from_arrays(arrays, schema=schema)
-        return tables
+        for name in list(self._rows):
+            self._make_table(name)
+        return {name: pa.concat_tables(tables) for name, tables in self._tables.items()}

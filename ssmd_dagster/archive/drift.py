@@ -5,10 +5,15 @@ Not for what is done about it: rows are read all the same where they can be, and
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Literal
+from collections.abc import Iterable, Sequence
+from typing import Literal, get_args
 
 import msgspec
+
+from ssmd_dagster.day.payloads import DriftCount, DriftFound
+
+MOST = 5
+"""So many fingerprints of each kind, the most frequent ones, are journaled with a day's seal."""
 
 DriftKind = Literal["key", "type", "shape"]
 
@@ -56,3 +61,13 @@ class DriftLog:
             Drift(kind=kind, name=name, json_type=json_type, count=count, example=self._examples[kind, name, json_type])
             for (kind, name, json_type), count in sorted(self._counts.items())
         )
+
+
+def briefly(found: Sequence[Drift]) -> DriftFound:
+    """Return what is journaled of it: how many fingerprints, and the most frequent ones of each kind without their examples."""
+    ordered = sorted(found, key=lambda one: -one.count)
+    most = [one for kind in get_args(DriftKind) for one in [one for one in ordered if one.kind == kind][:MOST]]
+    return DriftFound(
+        fingerprints=len(found),
+        most=tuple(DriftCount(kind=o.kind, name=o.name, json_type=o.json_type, count=o.count) for o in most),
+    )

@@ -248,7 +248,7 @@ def _place_snapshots(rows: _Rows, base: Integers, snapshot: Mask, clock: Integer
 
 
 def _repeated(rows: _Rows, base: Integers, compared: Mask, values: list[Integers]) -> Mask:
-    """Tell which rows a connection of a lower rank has as well.
+    """Tell which rows the first connections, or one that comes before among the others, have as well.
 
     Where one connection has a thing twice and another once, one of the two is repeated: all connections are sent the same.
     """
@@ -266,16 +266,21 @@ def _repeated(rows: _Rows, base: Integers, compared: Mask, values: list[Integers
         new[1:] |= key[by_thing][1:] != key[by_thing][:-1]
     thing = np.empty(len(some), np.int64)
     thing[by_thing] = np.cumsum(new) - 1
-    things = int(thing.max()) + 1
-    had = np.zeros(things, np.int64)
-    ranks = rows.rank[some]
-    for rank in np.unique(ranks):
-        mine = np.flatnonzero(ranks == rank)
-        order = mine[np.argsort(thing[mine], kind="stable")]
-        starts = np.searchsorted(thing[order], thing[order], side="left")
-        nth = np.arange(len(order)) - starts
-        repeated[some[order]] = nth < had[thing[order]]
-        had = np.maximum(had, np.bincount(thing[mine], minlength=things))
+    rank, place = rows.rank[some], rows.place[some]
+    group = np.where(rank == FIRST, -1, rank * (int(place.max()) + 1) + place)
+    order = np.lexsort((group, thing))
+    begins = np.ones(len(order), np.bool_)
+    begins[1:] = (thing[order][1:] != thing[order][:-1]) | (group[order][1:] != group[order][:-1])
+    starts = np.flatnonzero(begins)
+    counts = np.diff(np.append(starts, len(order)))
+    of_run = np.cumsum(begins) - 1
+    # Per connection and thing, in order: how often a connection before it has the thing at most.
+    things, more = thing[order][starts], int(counts.max()) + 1
+    most = np.maximum.accumulate(things * more + counts)
+    had = np.zeros(len(starts), np.int64)
+    same = things[1:] == things[:-1]
+    had[1:][same] = (most[:-1] - things[1:] * more)[same]
+    repeated[some[order]] = np.arange(len(order)) - starts[of_run] < had[of_run]
     return repeated
 
 
@@ -326,47 +331,49 @@ def _fold(rows: _Rows, base: Integers, outcome: npt.NDArray[np.int8], snapshot: 
     A market without a snapshot before the opening has none: what its changes changed is not known.
     """
     early = base[(outcome == OPENING_FOLD)[base]]
-    if not len(early):
+    if not snapshot[early].any():
         return []
-    taken = rows.table.take(pa.array(early))
-    by_market: dict[str, list[Row]] = {}
-    columns = ["ticker", "recv_ns", "conn", "n", "sid", "seq", "kind", "clock", "side", "price", "size", "market_id"]
-    for row, rank in zip(taken.select(columns).to_pylist(), rows.rank[early].tolist(), strict=True):
-        by_market.setdefault(row["ticker"], []).append(row | {"rank": rank})
-    return [level for _, early_rows in sorted(by_market.items()) for level in _folded(early_rows, open_ns)]
+    early = early[_of_newest_book(rows, early, snapshot[early])]
+    market = rows.market[early]
+    last = early[np.flatnonzero(np.append(market[1:] != market[:-1], True))]
+    columns = ["ticker", "recv_ns", "conn", "n", "sid", "seq", "clock", "market_id"]
+    books: dict[str, dict[tuple[str, int], int]] = {}
+    taken = rows.table.select(["ticker", "side", "price", "size"]).take(pa.array(early))
+    sums = taken.filter(pc.is_valid(taken["side"])).group_by(["ticker", "side", "price"]).aggregate([("size", "sum")])
+    for row in sums.to_pylist():
+        books.setdefault(row["ticker"], {})[row["side"], row["price"]] = row["size_sum"]
+    lasts = rows.table.select(columns).take(pa.array(last)).to_pylist()
+    return [
+        level
+        for row in sorted(lasts, key=lambda row: str(row["ticker"]))
+        for level in _folded(row, books.get(row["ticker"], {}), open_ns)
+    ]
 
 
-def _folded(rows: list[Row], open_ns: int) -> list[Row]:
-    best = min((row["rank"] for row in rows if row["kind"] == "snapshot"), default=None)
-    book: dict[tuple[str, int], int] = {}
-    last: Row | None = None
-    base_n: tuple[int, int] | None = None
-    for row in rows:
-        if row["rank"] != best:
-            continue
-        record = (row["conn"], row["n"])
-        if row["kind"] == "snapshot":
-            if record != base_n:
-                book, base_n = {}, record
-            if row["side"] is not None:
-                book[row["side"], row["price"]] = row["size"]
-        elif base_n is None or record[0] != base_n[0]:
-            continue
-        else:
-            level = (row["side"], row["price"])
-            book[level] = book.get(level, 0) + row["size"]
-        last = row
-    if last is None:
-        return []
+def _of_newest_book(rows: _Rows, early: Integers, snapshot: Mask) -> Mask:
+    """Tell which rows make a market's newest book: its last snapshot by the best connection, and that one's changes since."""
+    market, rank, conn, n = (values[early] for values in (rows.market, rows.rank, rows.conn, rows.n))
+    at, markets = np.arange(len(early)), int(market.max()) + 1
+    best = np.full(markets, REST + 1)
+    np.minimum.at(best, market[snapshot], rank[snapshot])
+    wanted = snapshot & (rank == best[market])
+    newest = np.full(markets, -1)
+    np.maximum.at(newest, market[wanted], at[wanted])
+    newest = newest[market]
+    same = (newest >= 0) & (conn == conn[newest])
+    kept: Mask = same & np.where(snapshot, n == n[newest], at > newest)
+    return kept
+
+
+def _folded(last: Row, book: Mapping[tuple[str, int], int], open_ns: int) -> list[Row]:
     levels: list[tuple[str | None, int | None, int | None]] = [
         (side, price, size)
         for (side, price), size in sorted(book.items(), key=lambda item: (item[0][0] != "yes", item[0][1]))
         if size > 0
     ]
     levels = levels or [(None, None, None)]
-    common = {key: last[key] for key in ("ticker", "recv_ns", "conn", "n", "sid", "seq", "clock", "market_id")}
     return [
-        common
+        last
         | {"event_ns": open_ns, "kind": "snapshot", "side": side, "price": price, "size": size}
         | {"msg": at, "last": at == len(levels) - 1}
         for at, (side, price, size) in enumerate(levels)

@@ -13,8 +13,9 @@ import re
 import sys
 import tempfile
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from importlib.abc import MetaPathFinder
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,10 +23,11 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 
-from ssmd_dagster.archive.batch import Batch, BatchDamagedError, Damage, decode_records, scan
+from ssmd_dagster.archive.batch import Batch, BatchDamagedError, BatchHeader, Damage, decode_records, scan
 from ssmd_dagster.archive.columns import BlockRows, read_block
 from ssmd_dagster.archive.coverage import Life, coverage_rows
 from ssmd_dagster.archive.drift import Drift, DriftLog
+from ssmd_dagster.archive.figures import Counting, Figures
 from ssmd_dagster.archive.filing import (
     DUPLICATE,
     FIRST,
@@ -62,6 +64,7 @@ OVERLAP_NS = 60_000_000_000
 """How far from the day's edges the neighbouring days' batches are looked into."""
 HOLE_MARGIN_NS = 10_000_000_000
 """So long before and after a hole of the first connection its second one's rows are compared."""
+_FOREIGN = (NEIGHBOUR_FIRST, NEIGHBOUR_SECOND)
 _CONN = re.compile(r"(?P<epoch>[0-9]+)-(?P<replica>[a-z]+)(?P<slice>[0-9]*)-(?P<number>[0-9]+)")
 
 
@@ -73,17 +76,25 @@ class RawSegment(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Neighbour(msgspec.Struct, frozen=True, kw_only=True):
-    """The day before or after: its window, its segments that may overlap, and when it was sealed (None: not yet)."""
+    """The day before or after: its window, its segments that may overlap, and when its revisions were sealed.
+
+    `late_until_ns` is set where it is known to have received rows of the day long after: until when it did. `recorded_on`
+    says of the day before that nothing else was recorded of this day at first: its roll was late, or the day was missed. Its
+    connections that were still up count as the day's own then. `gaps` are that day's.
+    """
 
     date: str
     open_ns: int
     close_ns: int
     segments: tuple[RawSegment, ...] = ()
-    sealed_ns: int | None = None
+    seals: tuple[int, ...] = ()
+    late_until_ns: int | None = None
+    recorded_on: bool = False
+    gaps: tuple[Gap, ...] = ()
 
 
 class NormalizeJob(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything that the tables of a day are made of. `sealed_ns`: when the day's first revision was sealed, if it was.
+    """Everything that the tables of a day are made of. `seals`: when the day's revisions were sealed.
 
     `channels` are those that the day was to record, `markets` the security master as it is known, `source` what is said of
     rows off the socket (`archive` where an archive is replayed), `capnp_schema` the file of the trades' schema if Cap'n Proto
@@ -102,7 +113,7 @@ class NormalizeJob(msgspec.Struct, frozen=True, kw_only=True):
     gaps: tuple[Gap, ...] = ()
     channels: tuple[str, ...] = ()
     markets: tuple[Market, ...] = ()
-    sealed_ns: int | None = None
+    seals: tuple[int, ...] = ()
     source: str = "live"
     capnp_schema: str | None = None
 
@@ -136,12 +147,20 @@ class ChannelFiling(msgspec.Struct, frozen=True, kw_only=True):
         return self.archived == filed + sum(self.rejected.values())
 
 
+class LateElsewhere(msgspec.Struct, frozen=True):
+    """Rows of a neighbouring day that came after its seal; `until_ns`: when the last of them was received."""
+
+    rows: int
+    until_ns: int
+
+
 class NormalizeResult(msgspec.Struct, frozen=True, kw_only=True):
     """The tables of a day and the account of its records.
 
     `filings` are by raw channel, of the day's own records; `from_neighbours` counts rows by table that only the neighbouring
     days' raw files have. `damaged` names batches that could not be read (their records count as not archived). `late` counts
-    rows that came after the day was sealed, `late_elsewhere` per neighbouring date those of its rows that came after its own.
+    rows off a socket that came after a seal of the day, `late_elsewhere` per neighbouring date those of its rows that came
+    after its own. `figures` are what the day's pictures are drawn from, without the coverage, which is a table.
     """
 
     files: tuple[TableFile, ...]
@@ -150,11 +169,12 @@ class NormalizeResult(msgspec.Struct, frozen=True, kw_only=True):
     drift: tuple[Drift, ...]
     damaged: tuple[str, ...]
     late: int
-    late_elsewhere: dict[str, int]
+    late_elsewhere: dict[str, LateElsewhere]
+    figures: Figures | None = None
 
 
 class _Conn(NamedTuple):
-    """A connection by its id; `neighbour` is None for the day's own."""
+    """A connection by its id; `neighbour` is None for the day's own. The rank says whether it is filed as one of those."""
 
     name: str
     code: int
@@ -176,6 +196,15 @@ class _Scanned(NamedTuple):
     segment: RawSegment
     neighbour: int | None
     batches: tuple[Batch, ...]
+
+
+class _FiledUnit(NamedTuple):
+    """What was filed together: all its rows, the answer, and the rows of the table."""
+
+    unit: Unit
+    rows: pa.Table
+    filed: Filed
+    table: pa.Table
 
 
 def normalize_day(job: NormalizeJob, *, run_rows: int = RUN_ROWS, unit_rows: int = UNIT_ROWS) -> NormalizeResult:
@@ -205,6 +234,7 @@ class _Normalizer:
         self._reader = row_reader(job.feed)
         self._spills = spills
         self._drift = DriftLog()
+        self._counting = Counting(job)
         self._damaged: list[str] = []
         self._files: list[TableFile] = []
         self._archived: Counter[str] = Counter()
@@ -215,21 +245,25 @@ class _Normalizer:
         self._pages: dict[int, set[tuple[int, int]]] = {NORMALISED: set(), DUPLICATE: set(), OTHER_DAY: set()}
         self._from_neighbours: Counter[str] = Counter()
         self._late: list[Row] = []
-        self._late_elsewhere: Counter[str] = Counter()
+        self._late_elsewhere: dict[str, LateElsewhere] = {}
         self._markets: dict[str, Row] = {}
         self._rest_spans: dict[str, tuple[int, int]] = {}
 
     def run(self) -> NormalizeResult:
         """Do it all."""
         scanned = self._scan()
-        self._conns = _connections(scanned)
+        self._conns = _connections(self._job, scanned)
         self._by_code = sorted(self._conns.values(), key=lambda conn: conn.code)
         self._lives = _lives(self._job, scanned, self._conns)
+        self._earlier = _earlier_lives(self._job, scanned, self._conns)
         self._know_connections()
         self._read_all(scanned)
         self._know_markets()
-        for name in ("trade", "ticker", "orderbook", "lifecycle"):
-            self._write(name)
+        names = tuple(self._spills)
+        with ThreadPoolExecutor(THREADS) as pool:
+            filing = self._in_turn(pool, names)
+            for name in names:
+                self._write(name, filing)
         self._write_small("coverage", [row._asdict() for row in self._coverage()])
         self._write_small("security_master", [self._markets[ticker] for ticker in sorted(self._markets)])
         self._late.sort(
@@ -244,6 +278,7 @@ class _Normalizer:
             damaged=tuple(self._damaged),
             late=len(self._late),
             late_elsewhere=dict(sorted(self._late_elsewhere.items())),
+            figures=self._counting.found(),
         )
 
     # Raw files → rows on disk.
@@ -263,19 +298,20 @@ class _Normalizer:
                         self._damaged.append(
                             f"{Path(segment.path).name}: bytes {item.start}-{item.end} belong to no whole batch"
                         )
-                    elif isinstance(item, Batch) and (neighbour is None or self._overlaps(item)):
+                    elif isinstance(item, Batch) and (neighbour is None or self._overlaps(item, neighbour)):
                         batches.append(item)
                 found.append(_Scanned(segment, neighbour, tuple(batches)))
         return found
 
-    def _overlaps(self, batch: Batch) -> bool:
+    def _overlaps(self, batch: Batch, neighbour: int) -> bool:
         low, high = self._job.open_ns - OVERLAP_NS, self._job.close_ns + OVERLAP_NS
+        if self._job.neighbours[neighbour].recorded_on:
+            low = 0  # what made the books that the day opens with
+        high = max(high, self._job.neighbours[neighbour].late_until_ns or high)
         return batch.header.recv_last_ns >= low and batch.header.recv_first_ns <= high
 
     def _know_connections(self) -> None:
-        order = sorted(
-            self._by_code, key=lambda conn: (conn.neighbour is not None, conn.neighbour or 0, _age(conn.name))
-        )
+        order = sorted(self._by_code, key=lambda conn: (conn.rank in _FOREIGN, conn.neighbour or 0, _age(conn.name)))
         place = np.zeros(len(order), np.int64)
         place[[conn.code for conn in order]] = np.arange(len(order))
         filling = {conn.code: self._holes_of_first(conn) for conn in order if conn.rank == SECOND}
@@ -359,10 +395,10 @@ class _Normalizer:
 
     def _wanted(self, name: str, table: pa.Table, conn: _Conn) -> pa.Table:
         """Leave out early what a second or a neighbour's connection adds nothing with."""
-        if name == "trade" and conn.neighbour is None:
+        if name == "trade" and conn.rank not in _FOREIGN:
             return table
         recv_ns = integers(table["recv_ns"])
-        if conn.neighbour is None:
+        if conn.rank not in _FOREIGN:
             if conn.rank != SECOND:
                 return table
             keep = self._known.filling[conn.code].hold(recv_ns, HOLE_MARGIN_NS)
@@ -378,25 +414,28 @@ class _Normalizer:
 
     # Rows on disk → tables.
 
-    def _write(self, name: str) -> None:
+    def _in_turn(self, pool: ThreadPoolExecutor, names: Sequence[str]) -> Iterator[_FiledUnit | None]:
+        """Yield the filed units of all tables and None behind each table's last; some are filed ahead, of the next table too."""
+        waiting: deque[Future[_FiledUnit] | None] = deque()
+        for name in names:
+            for unit in self._spills[name].units():
+                waiting.append(pool.submit(self._file, name, self._spills[name], unit))
+                while sum(future is not None for future in waiting) >= THREADS:
+                    yield _result(waiting.popleft())
+            waiting.append(None)
+        while waiting:
+            yield _result(waiting.popleft())
+
+    def _write(self, name: str, filing: Iterator[_FiledUnit | None]) -> None:
         job = self._job
         path = self._output / f"{name}.parquet"
-        spill = self._spills[name]
-        spill.flush()
+        self._counting.add(name, SCHEMAS[name].empty_table())  # a table without rows is one of the day's too
         capnp = CapnpWriter(Path(job.capnp_schema), self._output) if job.capnp_schema and name == "trade" else None
-        with TableWriter(path, self._schema(name)) as writer, ThreadPoolExecutor(THREADS) as pool:
-            waiting: deque[tuple[Unit, Future[tuple[pa.Table, Filed, pa.Table]]]] = deque()
-            units = spill.units()
-            while True:
-                for unit in units:
-                    waiting.append((unit, pool.submit(self._file, name, spill, unit)))
-                    if len(waiting) >= THREADS:
-                        break
-                if not waiting:
-                    break
-                unit, future = waiting.popleft()
-                rows, filed, table = future.result()
+        with TableWriter(path, self._schema(name)) as writer:
+            for done in iter(filing.__next__, None):
+                unit, rows, filed, table = done
                 self._account(name, unit, rows, filed)
+                self._counting.add(name, table)
                 writer.write(table)
                 if capnp is not None:
                     self._files += [TableFile(table="trade", **file) for file in capnp.write(table)]
@@ -412,7 +451,7 @@ class _Normalizer:
             name, env=job.env, date=job.date, revision=job.revision, open_ns=job.open_ns, close_ns=job.close_ns
         )
 
-    def _file(self, name: str, spill: Spill, unit: Unit) -> tuple[pa.Table, Filed, pa.Table]:
+    def _file(self, name: str, spill: Spill, unit: Unit) -> _FiledUnit:
         rows = spill.load(unit)
         if name == "trade":
             filed = file_trades(rows, self._known, self._window)
@@ -423,7 +462,7 @@ class _Normalizer:
         order = filed.order
         if unit.from_ns is not None or unit.to_ns is not None:
             order = order[_core(unit, filed.event_ns[order])]
-        return rows, filed, self._table(name, rows, filed, order, fold=unit.from_ns is None)
+        return _FiledUnit(unit, rows, filed, self._table(name, rows, filed, order, fold=unit.from_ns is None))
 
     def _table(self, name: str, rows: pa.Table, filed: Filed, order: Any, *, fold: bool) -> pa.Table:
         schema = SCHEMAS[name]
@@ -453,11 +492,11 @@ class _Normalizer:
         codes = integers(rows["conn"])
         ranks = self._known.rank[codes]
         core = _core(unit, filed.event_ns)
-        own = core & ((ranks <= SECOND) & _first_of_record(name, rows))
+        foreign = np.array([conn.neighbour is not None for conn in self._by_code], np.bool_)[codes]
+        own = core & ((ranks <= SECOND) & ~foreign & _first_of_record(name, rows))
         self._outcomes.setdefault(name, Counter()).update(
             dict(enumerate(np.bincount(filed.outcome[own], minlength=OPENING_FOLD + 1).tolist()))
         )
-        foreign = (ranks == NEIGHBOUR_FIRST) | (ranks == NEIGHBOUR_SECOND)
         self._from_neighbours[name] += int((core & foreign & (filed.outcome == NORMALISED)).sum())
         if (ranks == REST).any():
             n = integers(rows["n"])
@@ -465,14 +504,18 @@ class _Normalizer:
                 at = np.flatnonzero(core & (ranks == REST) & (filed.outcome == outcome))
                 pages.update(zip(codes[at].tolist(), n[at].tolist(), strict=True))
         recv_ns = integers(rows["recv_ns"])
-        if self._job.sealed_ns is not None:
-            at = np.flatnonzero(core & (filed.outcome == NORMALISED) & (recv_ns > self._job.sealed_ns))
+        if self._job.seals:
+            late = core & (ranks != REST) & (filed.outcome == NORMALISED)
+            at = np.flatnonzero(late & _sealed_between(filed.event_ns, recv_ns, self._job.seals))
             self._note_late(name, self._table(name, rows, filed, at, fold=False))
         for neighbour in self._job.neighbours:
-            if neighbour.sealed_ns is not None:
-                theirs = (filed.event_ns >= neighbour.open_ns) & (filed.event_ns < neighbour.close_ns)
-                late = core & own & theirs & (filed.outcome == OTHER_DAY) & (recv_ns > neighbour.sealed_ns)
-                self._late_elsewhere[neighbour.date] += int(late.sum())
+            theirs = (filed.event_ns >= neighbour.open_ns) & (filed.event_ns < neighbour.close_ns)
+            late = own & theirs & ((filed.outcome == OTHER_DAY) | (filed.outcome == OPENING_FOLD))
+            late &= _sealed_between(filed.event_ns, recv_ns, neighbour.seals)
+            if late.any():
+                before = self._late_elsewhere.get(neighbour.date, LateElsewhere(0, 0))
+                until_ns = max(before.until_ns, int(recv_ns[late].max()))
+                self._late_elsewhere[neighbour.date] = LateElsewhere(before.rows + int(late.sum()), until_ns)
 
     def _note_late(self, name: str, table: pa.Table) -> None:
         for row in table.to_pylist():
@@ -520,7 +563,11 @@ class _Normalizer:
     def _coverage(self) -> list[Any]:
         fetched = [Life(conn, ("trade",), low, high) for conn, (low, high) in sorted(self._rest_spans.items())]
         channels = self._job.channels or tuple(sorted(set(self._archived) & set(TABLE_OF_CHANNEL)))
-        return coverage_rows(self._window, [*self._lives, *fetched], self._job.gaps, channels)
+        earlier = [Life(conn, channels, *life) for conn, life in sorted(self._earlier.items())]
+        theirs = [
+            gap for day in self._job.neighbours for gap in day.gaps if str(gap.scope.get("conn")) in self._earlier
+        ]
+        return coverage_rows(self._window, [*self._lives, *earlier, *fetched], [*self._job.gaps, *theirs], channels)
 
     def _know_markets(self) -> None:
         for market in self._job.markets:
@@ -567,6 +614,10 @@ _STATUS: Mapping[str, str] = {
 }
 
 
+def _result(future: Future[_FiledUnit] | None) -> _FiledUnit | None:
+    return None if future is None else future.result()
+
+
 def _stream(batch: Batch) -> tuple[str, str]:
     return batch.header.conn, batch.header.channel
 
@@ -594,34 +645,51 @@ def _replica(conn: str) -> str:
     return match["replica"] if match else "a"
 
 
-def _connections(scanned: list[_Scanned]) -> dict[str, _Conn]:
+def _connections(job: NormalizeJob, scanned: list[_Scanned]) -> dict[str, _Conn]:
     """Return all connections by id. A shard `b` is second to `a`, `b2` to `a2`, where that recorded at all.
 
-    So is, within a shard, a connection that began while an earlier one was still up.
+    So is, within a shard, a connection that began while an earlier one was still up. One of a neighbour that recorded on is
+    filed as the day's own if it was up when the day opened.
     """
+    ended_ns = _ended_ns(job)
     lives: dict[str, tuple[int, int]] = {}
     of_day: dict[str, int | None] = {}
     for part in scanned:
         for header in (batch.header for batch in part.batches):
-            low, high = lives.get(header.conn, (header.recv_first_ns, header.recv_last_ns))
-            lives[header.conn] = min(low, header.recv_first_ns), max(high, header.recv_last_ns)
+            low, high = lives.get(header.conn, (header.recv_first_ns, header.recv_first_ns))
+            lives[header.conn] = min(low, header.recv_first_ns), max(high, _up_to_ns(header, ended_ns))
             of_day.setdefault(header.conn, part.neighbour)
     conns = {}
     firsts: dict[tuple[int | None, str], list[str]] = {}
     names = sorted(lives)
     for name in sorted(names, key=lambda name: (_replica(name) != "a", lives[name])):
-        neighbour, place = of_day[name], (of_day[name], _slice(name))
+        neighbour = of_day[name]
+        recorded_on = neighbour is not None and job.neighbours[neighbour].recorded_on
+        foreign = neighbour is not None and not (recorded_on and lives[name][1] > job.open_ns)
+        place = (neighbour if foreign else None, _slice(name))
         before = firsts.setdefault(place, [])
         second = any(_replica(other) != _replica(name) or lives[name][0] < lives[other][1] for other in before)
         if _replica(name) == REST_CHANNEL:
             rank = REST
         elif second:
-            rank = SECOND if neighbour is None else NEIGHBOUR_SECOND
+            rank = NEIGHBOUR_SECOND if foreign else SECOND
         else:
-            rank = FIRST if neighbour is None else NEIGHBOUR_FIRST
+            rank = NEIGHBOUR_FIRST if foreign else FIRST
             before.append(name)
         conns[name] = _Conn(name, names.index(name), rank, neighbour)
     return conns
+
+
+def _ended_ns(job: NormalizeJob) -> dict[str, int]:
+    """Return when connections ended, of those behind which there is a gap."""
+    return {str(gap.scope["conn"]): gap.from_ns for gap in job.gaps if gap.gap_id == f"gap-{gap.scope.get('conn')}"}
+
+
+def _up_to_ns(header: BatchHeader, ended_ns: Mapping[str, int]) -> int:
+    """Return until when a batch shows that its connection was up: the notes that a killed one owes come long after."""
+    if header.channel != SESSION:
+        return header.recv_last_ns
+    return min(header.recv_last_ns, ended_ns.get(header.conn, header.recv_last_ns))
 
 
 def _lives(job: NormalizeJob, scanned: list[_Scanned], conns: Mapping[str, _Conn]) -> list[Life]:
@@ -629,16 +697,17 @@ def _lives(job: NormalizeJob, scanned: list[_Scanned], conns: Mapping[str, _Conn
     first: dict[str, int] = {}
     last: dict[str, int] = {}
     channels: dict[str, set[str]] = {}
+    ended_ns = _ended_ns(job)
     for part in scanned:
-        if part.neighbour is not None:
+        if part.neighbour is not None and not job.neighbours[part.neighbour].recorded_on:
             continue
         data = _mapped(Path(part.segment.path)) if part.segment.channel == SESSION else memoryview(b"")
         for batch in part.batches:
             header = batch.header
-            if conns[header.conn].rank == REST:
+            if conns[header.conn].rank in (REST, *_FOREIGN):
                 continue
             first[header.conn] = min(first.get(header.conn, header.recv_first_ns), header.recv_first_ns)
-            last[header.conn] = max(last.get(header.conn, header.recv_last_ns), header.recv_last_ns)
+            last[header.conn] = max(last.get(header.conn, header.recv_first_ns), _up_to_ns(header, ended_ns))
             if part.segment.channel in TABLE_OF_CHANNEL:
                 channels.setdefault(header.conn, set()).add(part.segment.channel)
             elif part.segment.channel == SESSION:
@@ -653,6 +722,24 @@ def _lives(job: NormalizeJob, scanned: list[_Scanned], conns: Mapping[str, _Conn
     ]
 
 
+def _earlier_lives(
+    job: NormalizeJob, scanned: list[_Scanned], conns: Mapping[str, _Conn]
+) -> dict[str, tuple[int, int]]:
+    """Return since and until when connections of the day before recorded near the boundary.
+
+    What they received of this day is in its tables: where a roll was some seconds late, nothing is missing.
+    """
+    lives: dict[str, tuple[int, int]] = {}
+    for part in scanned:
+        if part.neighbour is None or job.neighbours[part.neighbour].open_ns >= job.open_ns:
+            continue
+        for header in (batch.header for batch in part.batches):
+            if conns[header.conn].rank in _FOREIGN:
+                low, high = lives.get(header.conn, (header.recv_first_ns, header.recv_last_ns + 1))
+                lives[header.conn] = min(low, header.recv_first_ns), max(high, header.recv_last_ns + 1)
+    return lives
+
+
 def _subscribed(data: memoryview, batch: Batch) -> tuple[int, list[str]] | None:
     """Return when a `session` batch says that all was subscribed, and what; None where it does not."""
     try:
@@ -665,6 +752,14 @@ def _subscribed(data: memoryview, batch: Batch) -> tuple[int, list[str]] | None:
             assert record.note is not None
             return record.recv_ns, list(record.note.get("sids", {}))
     return None
+
+
+def _sealed_between(event_ns: Any, recv_ns: Any, seals: tuple[int, ...]) -> Any:
+    """Tell which rows happened before a seal and were received after it: a day that was started again goes on behind one."""
+    between = np.zeros(len(event_ns), np.bool_)
+    for sealed_ns in seals:
+        between |= (event_ns < sealed_ns) & (recv_ns > sealed_ns)
+    return between
 
 
 def _typed(array: Any, kind: pa.DataType) -> Any:
@@ -685,9 +780,19 @@ def _core(unit: Unit, event_ns: Any) -> Any:
     return inside
 
 
+class _WithoutPandas(MetaPathFinder):
+    """Lets `import pandas` fail as if it were not installed; a None in `sys.modules` is taken for the module by Arrow's."""
+
+    def find_spec(self, name: str, _path: object, _target: object = None) -> None:
+        if name == "pandas":
+            raise ModuleNotFoundError(name)
+
+
 def main() -> None:
     """Read a job, do it, write the result."""
     job_path, result_path = map(Path, sys.argv[1:])
+    # Arrow imports pandas, where it is installed, to see whether what it is given is of pandas: half a second for nothing.
+    sys.meta_path.insert(0, _WithoutPandas())
     result = normalize_day(msgspec.json.decode(job_path.read_bytes(), type=NormalizeJob))
     result_path.write_bytes(msgspec.json.encode(result))
 

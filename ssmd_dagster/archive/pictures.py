@@ -19,6 +19,8 @@ _PLOT = WIDTH - _LEFT - _RIGHT
 _NS = 1_000_000_000
 _STEPS_S = (60, 300, 600, 1_800, 3_600, 7_200, 14_400, 21_600, 43_200, 86_400)
 _MAX_TICKS = 9
+_HEAD = 17
+"""Pixels above a lane's highest point, for the words that say how high it is."""
 _MIN_MARK = 2.5
 """Pixels; what is shorter is drawn this wide, since an interval of a second that nobody sees is no picture."""
 
@@ -30,22 +32,32 @@ _STYLE = """
 --c3:#dd9ec3;--c4:#a8afb8;--ok:#3f5a4e;--bad:#ff6b5e;--heal:#56b4e9;--rep:#f0c04b}}
 .p .bg{fill:var(--s)}.p text{fill:var(--i)}.p .m{fill:var(--m)}.p .g{stroke:var(--g);stroke-width:1}
 .p .e{text-anchor:end}.p .c{text-anchor:middle}.p .b{font-weight:600}
-.p .lost{fill:var(--bad);opacity:.3}
+.p .lost{fill:var(--bad);opacity:.3}.p .shut{fill:var(--g)}
 """
 _SERIES = tuple(f"var(--c{index})" for index in range(5))
-_STATES = {"present": "var(--ok)", "healed": "var(--heal)", "repaired": "var(--rep)", "missing": "var(--bad)"}
+_STATES = {
+    "present": "var(--ok)",
+    "closed": "var(--g)",
+    "healed": "var(--heal)",
+    "repaired": "var(--rep)",
+    "missing": "var(--bad)",
+}
 
 
 class Lane(NamedTuple):
-    """One series over time: `counts` of equal stretches that fill the axis; `holes` are `(from_ns, to_ns, words)`."""
+    """One series over time: `counts` of equal stretches that fill the axis.
+
+    `holes` are `(from_ns, to_ns, words)`, `closed` likewise where there was nothing to record.
+    """
 
     name: str
     counts: Sequence[int]
     holes: Sequence[tuple[int, int, str]] = ()
+    closed: Sequence[tuple[int, int, str]] = ()
 
 
 class Stretch(NamedTuple):
-    """An interval of a strip: its `state` is present, missing, healed or repaired; `words` are for the tooltip."""
+    """An interval of a strip: its `state` is present, closed, missing, healed or repaired; `words` are for the tooltip."""
 
     from_ns: int
     to_ns: int
@@ -88,14 +100,15 @@ def lanes(title: str, open_ns: int, close_ns: int, series: Sequence[Lane], unit:
         top = _TOP + index * (height + gap)
         most = max([*lane.counts, 1])
         colour = _SERIES[index % len(_SERIES)]
-        for from_ns, to_ns, words in lane.holes:
-            left, width = _span(from_ns, to_ns, open_ns, close_ns)
-            parts.append(_rect(left, top, width, height, 'class="lost"', words))
+        for kind, stretches in (("shut", lane.closed), ("lost", lane.holes)):
+            for from_ns, to_ns, words in stretches:
+                left, width = _span(from_ns, to_ns, open_ns, close_ns)
+                parts.append(_rect(left, top, width, height, f'class="{kind}"', words))
         step = _PLOT / max(len(lane.counts), 1)
         path = [f"M{_LEFT},{top + height}"]
         for at, count in enumerate(lane.counts):
             if at == 0 or count != lane.counts[at - 1]:
-                path.append(f"V{top + height - (height - 4) * count / most:.1f}")
+                path.append(f"V{top + height - (height - _HEAD) * count / most:.1f}")
             if at + 1 == len(lane.counts) or count != lane.counts[at + 1]:
                 path.append(f"H{_LEFT + (at + 1) * step:.1f}")
         path.append(f"V{top + height}Z")

@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from datetime import date as Date  # noqa: N812 - `date` is the contract's word for the written form
+from datetime import timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -24,6 +25,7 @@ from pyarrow import fs
 from ssmd_dagster.archive.recorded import (
     BrokenFileError,
     Dates,
+    DayNotFoundError,
     DayNotReadyError,
     Recorded,
     Sealed,
@@ -203,9 +205,11 @@ def load(
         tickers: One or more market tickers; None is all.
         columns: Names, in the order wanted; None is all.
         engine: arrow (a `pyarrow.Table`), polars (a `LazyFrame`), pandas (a `DataFrame` of Arrow's types, so that integers
-            stay exact beside nulls) or duckdb (a relation of the default connection). Polars and DuckDB read when asked to.
-        on_gap: What a hole of the asked interval, an unverified day, or (within a range) a day without tables is:
-            raise an error, warn of it, or nothing. Maintenance of the exchange and scheduled pauses are no holes.
+            stay exact beside nulls) or duckdb (a relation of the default connection). Polars and DuckDB read when asked to,
+            with their own readers, which pass over the checksum of a page; the others check every page that they read.
+        on_gap: What a hole of the asked interval, an unverified day, or (within a range) a day without tables or one that
+            was not recorded between others is: raise an error, warn of it, or nothing. Maintenance of the exchange and
+            scheduled pauses are no holes.
         revision: Take this sealed revision of the day; None is the latest.
         from_ns: Only rows from this event time on; it also limits which holes matter. `to_ns` likewise, exclusive.
         decimals: Give prices in dollars and counts in contracts, as exact decimals, in place of the scaled integers.
@@ -227,6 +231,9 @@ def load(
         raise UsageError(f"no such engine: {engine}", do=f"One of {', '.join(_ENGINES)}")
     if on_gap not in get_args(OnGap):
         raise UsageError(f"no such on_gap: {on_gap}", do=f"One of {', '.join(get_args(OnGap))}")
+    names = SCHEMAS[table].names if table in SCHEMAS else []
+    if unknown := [name for name in columns or () if names and name not in names]:
+        raise UsageError(f"the table {table} has no column {', '.join(unknown)}", do=f"It has {', '.join(names)}")
     package = importlib.import_module("pyarrow") if engine == "arrow" else _package(engine)
     selection = select(
         find(env_or_path),
@@ -238,11 +245,6 @@ def load(
         from_ns=from_ns,
         to_ns=to_ns,
     )
-    unknown = [name for name in columns or () if name not in SCHEMAS[table].names]
-    if unknown:
-        raise UsageError(
-            f"the table {table} has no column {', '.join(unknown)}", do=f"It has {', '.join(SCHEMAS[table].names)}"
-        )
     if on_gap != "ignore":
         _warn_of_absent_tickers(selection)
     return _ENGINES[engine](package, selection, columns, decimals)
@@ -268,7 +270,13 @@ def select(
     if table == _COVERAGE and wanted is not None:
         raise UsageError("the table coverage is not chosen by ticker", do="Use `coverage(…, tickers=…)`")
     files: list[TableFile] = []
-    for day in dates_of(recorded, date):
+    dates = dates_of(recorded, date)
+    if absent := _skipped(recorded, dates):
+        more = f" and {len(absent) - _GAPS_TOLD} more" if len(absent) > _GAPS_TOLD else ""
+        what = f"not recorded, though days before and after are: {', '.join(absent[:_GAPS_TOLD])}{more}"
+        do = "on_gap='warn' or 'ignore' takes the days that there are; a missed day's trades can be had: `ssmd day backfill`"
+        _tell(DayNotFoundError(what, where=recorded.name, do=do), on_gap)
+    for day in dates:
         file, concern = _file_of(recorded, day, table, revision, alone=isinstance(date, str | Date))
         if concern is not None:
             _tell(concern, on_gap)
@@ -350,6 +358,13 @@ def known_hole(row: dict[str, Any], from_ns: int | None, to_ns: int | None) -> b
         and (to_ns is None or row["from_ns"] < to_ns)
         and (from_ns is None or row["to_ns"] > from_ns)
     )
+
+
+def _skipped(recorded: Recorded, dates: Sequence[str]) -> list[str]:
+    """Return the days between those that nothing is recorded of."""
+    first, last = map(Date.fromisoformat, (dates[0], dates[-1]))
+    between = {(first + timedelta(days=n)).isoformat() for n in range((last - first).days)}
+    return sorted(between - set(dates))
 
 
 def _file_of(

@@ -16,6 +16,7 @@ import msgspec
 from ssmd_dagster.exchange import Envelope
 
 _WHITE_SPACE = b" \t\n\r"
+_LINE_BREAK, _RETURN, _BACKSLASH, _BRACE, _CLOSING_BRACE = b"\n\r\\{}"
 _MAX_PAD_BYTES = 4096
 _MAX_TEXT_BYTES = 80 << 20
 """Control characters take six bytes when they are escaped; base64 takes four for three, whatever they are."""
@@ -66,12 +67,13 @@ def wire_line(n: int, recv_ns: int, payload: bytes, *, checked: bool = False) ->
     Frames with bytes beyond ASCII or with escapes are looked at again in any case: a shallow parse does not see
     broken UTF-8 or half a surrogate pair inside a string.
     """
-    if checked and payload.isascii() and b"\\" not in payload and b"\r" not in payload and payload[:1] == b"{":
+    # Bytes are asked for single characters by number, which is several times as fast as by a string of one.
+    if checked and payload.isascii() and _BACKSLASH not in payload and _RETURN not in payload and payload[0] == _BRACE:
         # What nearly every frame is: one object on one line, with or without a line break behind it.
-        line_break = payload.find(b"\n")
-        if line_break < 0 and payload.endswith(b"}"):
-            return b'{"n":%d,"recv_ns":%d,"wire":%b}\n' % (n, recv_ns, payload)
-        if line_break == len(payload) - 1 and payload.endswith(b"}\n"):
+        if _LINE_BREAK not in payload:
+            if payload[-1] == _CLOSING_BRACE:
+                return b'{"n":%d,"recv_ns":%d,"wire":%b}\n' % (n, recv_ns, payload)
+        elif payload.endswith(b"}\n") and payload.find(b"\n") == len(payload) - 1:
             return b'{"n":%d,"recv_ns":%d,"wire":%b,"pad":["","\\n"]}\n' % (n, recv_ns, payload[:-1])
     body = payload.strip(_WHITE_SPACE)
     if len(payload) - len(body) <= _MAX_PAD_BYTES and is_plain_json(body):

@@ -1,22 +1,23 @@
 """A recorded day as one page for people: what was recorded when, what is missing, how late it came, and whether it adds up.
 
-`figures` counts, `pictures` draws, `page` writes one HTML file that needs neither network nor scripts. Not here: how a chart
-is drawn (`pictures`), nor any judgement of the day (`day.condition`).
+`pictures` draws what `figures` has counted, `page` writes one HTML file that needs neither network nor scripts. Not here: how
+a chart is drawn (`pictures`), nor any judgement of the day (`day.condition`).
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import io
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
+import msgspec
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from ssmd_dagster.archive.drift import Drift
+from ssmd_dagster.archive.figures import QUANTILES, Claims, Figures, Latency, figures
 from ssmd_dagster.archive.pictures import Bar, Lane, Range, Stretch, bars, lanes, ranges, strip
 from ssmd_dagster.archive.reader import Selection
 from ssmd_dagster.archive.recorded import DayNotReadyError, Findings, Recorded, Sealed
@@ -25,113 +26,27 @@ from ssmd_dagster.day.condition import NEVER_DEGRADE
 from ssmd_dagster.day.events import Gap
 from ssmd_dagster.day.ledger import ChannelLedger, Ledger
 
-TOP_MARKETS = 12
 MAX_GAPS = 200
 _NS = 1_000_000_000
-_MAX_BINS = 1_440
-_QUANTILES = (0.05, 0.5, 0.95, 0.99)
-_FINEST_NS, _COARSEST_NS, _PER_DECADE = 10_000.0, 1e13, 60
-_EDGES = np.logspace(np.log10(_FINEST_NS), np.log10(_COARSEST_NS), 9 * _PER_DECADE + 1)
 
 Told = Callable[[str], None]
 
 
-class Claims(Protocol):
-    """What a picture needs of a manifest (`day.seal.Manifest` or `recorded.Sealed`)."""
-
-    @property
-    def open_ns(self) -> int:
-        """Return the window's beginning."""
-
-    @property
-    def close_ns(self) -> int:
-        """Return the window's end."""
+class _Noted(msgspec.Struct, frozen=True):
+    figures: Figures | None = None
 
 
-class Latency(NamedTuple):
-    """How long after the exchange's time live records were received, in nanoseconds; within 4 %, `longest` exactly.
-
-    `counted` are the records of whose lateness something can be said, `early` those received before the exchange's time: the
-    two clocks differ by at least that.
-    """
-
-    quantiles_ns: tuple[float, ...]
-    longest_ns: int
-    counted: int
-    early: int
-
-
-class Figures(NamedTuple):
-    """The numbers behind the pictures. `bins` are counts per channel, each of `bin_ns`, from the window's beginning on."""
-
-    bin_ns: int
-    bins: dict[str, list[int]]
-    latency: dict[str, Latency]
-    markets: list[tuple[str, int]]
-    market_count: int
-    traded: dict[str, int]
-    coverage: list[dict[str, Any]]
-
-    @property
-    def messages(self) -> dict[str, int]:
-        """Return how many messages each channel has in the tables."""
-        return {channel: sum(counts) for channel, counts in self.bins.items()}
-
-
-def figures(claims: Claims, tables: Mapping[str, Any], told: Told = lambda _table: None) -> Figures:
-    """Count over a day's tables, a batch at a time.
-
-    Args:
-        claims: The day's manifest.
-        tables: `pyarrow` tables or datasets by name; those that are not there are left out.
-        told: Called with each table's name when it is done.
-    """
-    span_ns = max(claims.close_ns - claims.open_ns, 1)
-    bin_ns = max(60 * _NS, -(-span_ns // _MAX_BINS)) if span_ns > 120 * 60 * _NS else max(-(-span_ns // 120), _NS)
-    count = -(-span_ns // bin_ns)
-    bins: dict[str, list[int]] = {}
-    latency: dict[str, Latency] = {}
-    markets: Counter[str] = Counter()
-    traded: Counter[str] = Counter()
-    for channel, table in TABLE_OF_CHANNEL.items():
-        if table not in tables:
-            continue
-        per_bin = np.zeros(count, np.int64)
-        clock = _LatencyCount()
-        for batch in _batches(table, tables[table]):
-            event_ns = batch["event_ns"].to_numpy()
-            inside = (event_ns >= claims.open_ns) & (event_ns < claims.close_ns)
-            per_bin += np.bincount((event_ns[inside] - claims.open_ns) // bin_ns, minlength=count)[:count]
-            live = batch.filter(pc.equal(batch["source"].cast(pa.string()), "live"))
-            clock.add(live["recv_ns"].to_numpy() - live["event_ns"].to_numpy())
-            for one in batch["ticker"].value_counts().to_pylist():
-                markets[one["values"]] += one["counts"]
-            if table == "trade":
-                sums = pa.table(batch).group_by("ticker").aggregate([("count", "sum")])
-                traded.update(dict(zip(sums["ticker"].to_pylist(), sums["count_sum"].to_pylist(), strict=True)))
-        bins[channel] = per_bin.tolist()
-        if (found := clock.result()) is not None:
-            latency[channel] = found
-        told(table)
-    coverage = tables["coverage"].to_table() if hasattr(tables.get("coverage"), "to_table") else tables.get("coverage")
-    return Figures(
-        bin_ns=bin_ns,
-        bins=bins,
-        latency=latency,
-        markets=markets.most_common(TOP_MARKETS),
-        market_count=len(markets),
-        traded={ticker: traded[ticker] for ticker, _ in markets.most_common(TOP_MARKETS)},
-        coverage=[] if coverage is None else coverage.to_pylist(),
-    )
-
-
-def pictures(manifest: Claims, tables: Mapping[str, Any]) -> dict[str, str]:
+def pictures(claims: Claims, findings: bytes | None, coverage: bytes | None) -> dict[str, str]:
     """Return the day's pictures as SVG by name: `messages`, `coverage`, `latency`, `markets`.
 
-    `tables` are `pyarrow` tables or datasets by name (`trade`, `coverage`, …). A picture about which the day says nothing is
-    left out. `archive.pictures.markdown` makes Markdown of them.
+    `findings` is the JSON that the normaliser left beside the tables, `coverage` the Parquet file. A picture about which neither
+    says anything is left out. `archive.pictures.markdown` makes Markdown of them.
     """
-    return drawn(manifest, figures(manifest, tables))
+    found = None if findings is None else msgspec.json.decode(findings, type=_Noted).figures
+    if found is None:
+        found = Figures(bin_ns=0, bins={}, latency={}, markets=[], market_count=0, traded={}, coverage=[])
+    rows = [] if coverage is None else pq.read_table(io.BytesIO(coverage)).to_pylist()
+    return drawn(claims, found._replace(coverage=rows))
 
 
 def drawn(claims: Claims, found: Figures) -> dict[str, str]:
@@ -147,7 +62,8 @@ def drawn(claims: Claims, found: Figures) -> dict[str, str]:
                 Lane(
                     TABLE_OF_CHANNEL[channel],
                     counts,
-                    [(row["from_ns"], row["to_ns"], _hole_words(row)) for row in holes if row["channel"] == channel],
+                    [_hole(row) for row in holes if row["channel"] == channel and not _is_closed(row)],
+                    [_hole(row) for row in holes if row["channel"] == channel and _is_closed(row)],
                 )
                 for channel, counts in found.bins.items()
             ],
@@ -163,7 +79,12 @@ def drawn(claims: Claims, found: Figures) -> dict[str, str]:
                 (
                     TABLE_OF_CHANNEL.get(channel, channel),
                     [
-                        Stretch(row["from_ns"], row["to_ns"], row["state"], _hole_words(row))
+                        Stretch(
+                            row["from_ns"],
+                            row["to_ns"],
+                            "closed" if _is_closed(row) else row["state"],
+                            _hole_words(row),
+                        )
                         for row in found.coverage
                         if row["channel"] == channel
                     ],
@@ -254,7 +175,10 @@ def page(sealed: Sealed, found: Figures, noted: Findings) -> str:
         (
             "messages",
             "Messages",
-            f"By the exchange's time, {bin_words}, each channel on its own scale. Red: nothing was recorded.",
+            (
+                f"By the exchange's time, {bin_words}, each channel on its own scale. Red: nothing was recorded; "
+                "grey: the exchange was closed."
+            ),
         ),
         (
             "coverage",
@@ -286,44 +210,6 @@ def page(sealed: Sealed, found: Figures, noted: Findings) -> str:
     )
 
 
-class _LatencyCount:
-    """A histogram of lateness on a logarithmic scale: exact enough for quantiles, of one size for any day."""
-
-    def __init__(self) -> None:
-        self._counts = np.zeros(len(_EDGES) + 1, np.int64)
-        self._longest = 0
-        self._early = 0
-
-    def add(self, late_ns: npt.NDArray[np.int64]) -> None:
-        late_ns = late_ns[late_ns != 0]  # no event time was given, so the receive time stands in for it
-        if not len(late_ns):
-            return
-        self._early += int((late_ns < 0).sum())
-        late_ns = late_ns[late_ns > 0]
-        if len(late_ns):
-            self._counts += np.bincount(np.searchsorted(_EDGES, late_ns), minlength=len(_EDGES) + 1)
-            self._longest = max(self._longest, int(late_ns.max()))
-
-    def result(self) -> Latency | None:
-        counted = int(self._counts.sum())
-        if not counted and not self._early:
-            return None
-        if not counted:
-            return Latency((), 0, 0, self._early)
-        reached = np.searchsorted(np.cumsum(self._counts), np.array(_QUANTILES) * counted)
-        values = np.minimum(_EDGES[np.minimum(reached, len(_EDGES) - 1)], self._longest)
-        return Latency(tuple(values.tolist()), self._longest, counted, self._early)
-
-
-def _batches(table: str, rows: Any) -> Iterator[pa.RecordBatch]:
-    """Yield the rows that stand for a message each: of a book record with several levels the last one."""
-    columns = ["ticker", "event_ns", "recv_ns", "source"]
-    columns += ["last"] if table == "orderbook" else ["count"] if table == "trade" else []
-    batches = rows.select(columns).to_batches() if isinstance(rows, pa.Table) else rows.to_batches(columns=columns)
-    for batch in batches:
-        yield batch.filter(batch["last"]) if table == "orderbook" else batch
-
-
 def _gaps(gaps: Sequence[Gap]) -> str:
     if not gaps:
         return "<p>None.</p>"
@@ -352,7 +238,7 @@ def _latencies(latency: Mapping[str, Latency]) -> str:
     rows = [
         (
             TABLE_OF_CHANNEL[channel],
-            *([_milliseconds(quantile) for quantile in one.quantiles_ns] or ["–"] * len(_QUANTILES)),
+            *([_milliseconds(quantile) for quantile in one.quantiles_ns] or ["–"] * len(QUANTILES)),
             _milliseconds(one.longest_ns) if one.counted else "–",
             f"{one.counted:,}",
             f"{one.early:,}",
@@ -425,6 +311,15 @@ def _table(
 
 def _list(reasons: Sequence[str]) -> str:
     return f"<ul>{''.join(f'<li>{escape(reason)}</li>' for reason in reasons)}</ul>" if reasons else ""
+
+
+def _is_closed(row: Mapping[str, Any]) -> bool:
+    """Say whether nothing is there because there was nothing to record."""
+    return row["state"] == "missing" and row["cause"] in NEVER_DEGRADE
+
+
+def _hole(row: Mapping[str, Any]) -> tuple[int, int, str]:
+    return row["from_ns"], row["to_ns"], _hole_words(row)
 
 
 def _hole_words(row: Mapping[str, Any]) -> str:

@@ -44,6 +44,7 @@ class TableWriter:
             use_dictionary=[field.name for field in schema if field.name not in packed and field.name not in _DISTINCT],
             column_encoding=dict.fromkeys(packed, "DELTA_BINARY_PACKED"),
             write_page_index=True,
+            write_page_checksum=True,
             sorting_columns=_sorting(schema),
         )
 

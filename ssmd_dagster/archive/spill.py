@@ -19,10 +19,10 @@ import pyarrow.compute as pc
 
 from ssmd_dagster.archive.filing import Integers, market_ranks
 
-RUN_ROWS = 300_000
+RUN_ROWS = 150_000
 BATCH_ROWS = 4_096
 """Runs are read in such pieces; of each run a unit reads at most two in vain."""
-UNIT_ROWS = 300_000
+UNIT_ROWS = 150_000
 STRETCH_MARGIN_NS = 30_000_000_000
 """Stretches of time of a large market are read with so much of their neighbours: no rule looks farther."""
 

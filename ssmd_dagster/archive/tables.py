@@ -164,10 +164,10 @@ SECURITY_MASTER = pa.schema(
         _column("series_ticker", pa.string(), "The series that the event belongs to"),
         _column("category", WORD, "The exchange's category of the series"),
         _column("title", pa.string(), "What the market asks"),
-        _column("status", WORD, "The exchange's status, as last known on the day"),
+        _column("status", WORD, "The exchange's status, as last known on the day; source rest: when it was fetched"),
         _column("open_ns", pa.int64(), "When the market opens or opened", unit=NANOSECONDS),
         _column("close_ns", pa.int64(), "When the market closes or closed", unit=NANOSECONDS),
-        _column("result", WORD, "yes, no or scalar, once determined"),
+        _column("result", WORD, "yes, no or scalar, once determined; source rest: when it was fetched"),
         _column("settlement_value", pa.int64(), "What a YES contract paid", unit=DOLLARS),
         _column(
             "source", WORD, "secmaster, lifecycle or rest: where the row comes from", source=_NORMALISER, null=False

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from uuid import UUID
 
 import msgspec
 import numpy as np
@@ -19,6 +20,7 @@ from ssmd_dagster.exchange import REST, SESSION, room_part
 
 TRADES = "trade"
 _ID_BYTES = 16
+_UUID_CHARS, _UUID_HYPHENS = 36, 4
 _Ids = npt.NDArray[np.bytes_]
 
 
@@ -47,7 +49,7 @@ class TradeIds:
         self.channel_of_sid: dict[tuple[str, int], str] = {}
         self._open_ns, self._close_ns = open_ns, close_ns
         room = room_part(feed, "matching")
-        self._trade_key, self._page_keys = room.trade_key, room.page_keys
+        self._trade_key, self._page_ids = room.trade_key, room.page_ids
         self._markets_after = room_part(feed, "books").markets_after
         self.captured = 0
         self._inside, self._outside, self._pages = bytearray(), bytearray(), bytearray()
@@ -58,9 +60,9 @@ class TradeIds:
             self._see_trades(records)
         elif header.channel == REST:
             for line in records.splitlines():
-                for key in self._page_keys(parse_record(line).wire):
-                    self._pages += id_bytes(key.trade_id)
-                    self.markets.add(key.ticker)
+                ids, tickers = self._page_ids(parse_record(line).wire)
+                self._pages += ids_bytes(ids)
+                self.markets |= tickers
         elif header.channel == SESSION:
             self._see_session(header.conn, records)
 
@@ -141,15 +143,20 @@ class Matching:
         self._repaired = 0
         self.listed = 0
 
-    def take(self, listed: Sequence[tuple[str, bool]]) -> list[int]:
+    @property
+    def archived(self) -> int:
+        """Return how many trades the archive holds, repetitions included."""
+        return len(self._inside.ids) + len(self._outside.ids) + len(self._pages.ids)
+
+    def take(self, ids: Sequence[str], of_window: Sequence[bool]) -> list[int]:
         """Take ids of the exchange's list and return the indices of those that the archive lacks.
 
-        Each with whether it is of the day's window; one that is not can prove a captured trade, and is never missing.
+        `of_window` says which are of the day's window; one that is not can prove a captured trade, and is never missing.
         """
-        if not listed:
+        if not ids:
             return []
-        wanted: _Ids = np.frombuffer(b"".join([id_bytes(text) for text, _ in listed]), dtype=f"S{_ID_BYTES}")
-        inside = np.array([inside for _, inside in listed])
+        wanted: _Ids = np.frombuffer(ids_bytes(ids), dtype=f"S{_ID_BYTES}")
+        inside = np.array(of_window)
         self.listed += int(inside.sum())
         left = ~self._inside.meet(wanted, np.ones(len(wanted), dtype=np.bool_)) & inside
         for known in (self._outside, self._pages):
@@ -163,6 +170,11 @@ class Matching:
         hit = _Known(bytearray(ids.since())).meet(missing, np.ones(len(missing), dtype=np.bool_))
         self._repaired += int(hit.sum())
         self._missing = bytearray(missing[~hit].tobytes())
+
+    def missing_ids(self, most: int) -> list[str]:
+        """Return the first of the ids that the exchange lists and the archive lacks, written as UUIDs."""
+        missing: _Ids = np.unique(np.frombuffer(bytes(self._missing), dtype=f"S{_ID_BYTES}"))
+        return [str(UUID(bytes=bytes(raw).ljust(_ID_BYTES, b"\0"))) for raw in missing[:most]]
 
     def result(self) -> Matched:
         """Return the comparison with everything that was taken."""
@@ -188,12 +200,25 @@ class Matching:
         return len(alone)
 
 
+def ids_bytes(ids: Sequence[str]) -> bytes:
+    """Return ids as 16 bytes each: a UUID's own, else a hash."""
+    if all(len(text) == _UUID_CHARS and text.count("-") == _UUID_HYPHENS for text in ids):
+        try:
+            found = bytes.fromhex("".join(ids).replace("-", ""))
+        except ValueError:
+            found = b""
+        if len(found) == _ID_BYTES * len(ids):
+            return found
+    return b"".join([id_bytes(text) for text in ids])
+
+
 def id_bytes(trade_id: str) -> bytes:
-    """Return an id as 16 bytes: a UUID's own, else a hash."""
+    """Return one id as 16 bytes."""
     try:
-        return bytes.fromhex(trade_id.replace("-", "")) if len(trade_id) == 36 else _hashed(trade_id)
+        found = bytes.fromhex(trade_id.replace("-", "")) if len(trade_id) == _UUID_CHARS else b""
     except ValueError:
-        return _hashed(trade_id)
+        found = b""
+    return found if len(found) == _ID_BYTES else _hashed(trade_id)
 
 
 def _hashed(text: str) -> bytes:

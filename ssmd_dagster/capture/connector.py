@@ -41,10 +41,12 @@ from ssmd_dagster.capture.watch import (
     Watch,
     read_clocks,
 )
+from ssmd_dagster.day.maintenance import window_at
 from ssmd_dagster.day.payloads import ChannelCount, Checkpoint, GapOpened
 from ssmd_dagster.environments.home import spool_dir
 from ssmd_dagster.errors import ConfigurationError, ExitCode, SsmdError, UnreachableError
 from ssmd_dagster.exchange import (
+    Closed,
     Connection,
     Exchange,
     ExchangeEvent,
@@ -205,12 +207,26 @@ class Connector:
             async with asyncio.timeout(CLOSED_TIMEOUT_S):
                 closed = await self._exchange.closed(self._clock())
         except (SsmdError, TimeoutError):
-            closed = None  # it does not say so
+            closed = await self._announced()  # it does not say so now
         now_ns = self._clock()
         if closed is None:
             self._gaps.cause_is_over(now_ns)
         else:
             self._gaps.cause_is(closed.cause, now_ns, since_ns=closed.since_ns, until_ns=closed.until_ns)
+
+    async def _announced(self) -> Closed | None:
+        """Return the announced maintenance that is on, as far as anybody has asked the exchange for it."""
+        stores = self._stores
+        if stores is None:
+            return None
+        try:
+            window = window_at(await stores.cache.maintenance(), self._clock())
+        except SsmdError as error:
+            _log.warning("what maintenance is announced is not known: %s", error)
+            return None
+        if window is None:
+            return None
+        return Closed(cause="exchange_maintenance", since_ns=window.open_ns, until_ns=window.close_ns)
 
     async def _record_connection(self, stop: asyncio.Event) -> None:
         """Open one connection, subscribe, and record it until it ends."""
@@ -458,6 +474,7 @@ class Connector:
     def _status(self) -> dict[str, Any]:
         recorder, follower = self._recorder, self._follower
         sequences = recorder.sequences if recorder else None
+        own = [pipeline for pipeline in self._pipelines if recorder and pipeline.origin.conn == recorder.origin.conn]
         return {
             "state": self._state,
             "up_ns": self._up_ns,
@@ -478,6 +495,7 @@ class Connector:
             "duplicates": sequences.duplicates if sequences else 0,
             "reordered": sequences.reordered if sequences else 0,
             "healed": sequences.healed if sequences else 0,
+            "acked_records": sum(pipeline.acked_records for pipeline in own),
             "unacked_batches": sum(pipeline.unacked_batches for pipeline in self._pipelines),
             "unacked_bytes": self._waiting_bytes(),
         }

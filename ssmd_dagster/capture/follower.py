@@ -214,10 +214,11 @@ class Follower:
             return
         if channel in self._market_channels:
             first, *more = batches(list(self._members))
+            self._await_snapshots(channel, list(self._members))
             await self._subscribe(channel, first)
             for batch in more:
                 await self._connection.add_markets(self._sids[channel], batch)
-            self._await_snapshots(channel, list(self._members))
+            self._snapshot_at = time.monotonic()
         else:
             await self._subscribe(channel, None)
         gap_id = self._lost.pop(channel, None)
@@ -243,14 +244,17 @@ class Follower:
             for channel in self._market_channels:
                 if channel in self._lost:
                     continue  # it gets them with all others
+                self._await_snapshots(channel, batch)
                 if channel in self._sids:
                     await self._connection.add_markets(self._sids[channel], batch)
                 else:
                     await self._subscribe(channel, batch)
-                self._await_snapshots(channel, batch)
+            self._snapshot_at = time.monotonic()
         except MarketLimitError as error:
             # The others shall not suffer from it. The gap stays open: these markets are not recorded.
             self._refused.update(batch)
+            for ticker in batch:
+                self._snapshots_due.pop(ticker, None)
             _log.error("%d markets are not recorded: %s", len(batch), error)
             self._recorder.note_if_open({"event": "refused", "markets": len(batch), "error": str(error)})
             if gap_id is None:
@@ -296,9 +300,9 @@ class Follower:
     # Snapshots.
 
     def _await_snapshots(self, channel: str, tickers: list[str]) -> None:
+        """Expect a snapshot of each: before it is asked for, since many come before the answer to the command."""
         if channel in self._book_channels:
             self._snapshots_due.update(dict.fromkeys(tickers, 0))
-            self._snapshot_at = time.monotonic()
 
     def _ask_again(self) -> None:
         """Ask for the snapshots that stayed away, of markets that are open, when none has come for a while."""

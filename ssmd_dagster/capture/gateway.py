@@ -26,9 +26,9 @@ from typing import Any
 import msgspec
 from aiohttp import WSMsgType, web
 
-from ssmd_dagster.archive.batch import Batch, BatchDamagedError, decode_records, read_last
+from ssmd_dagster.archive.batch import Batch, BatchDamagedError, BatchHeader, decode_records, read_last
 from ssmd_dagster.archive.layout import FILE_OF_CHANNEL
-from ssmd_dagster.archive.records import parse_record
+from ssmd_dagster.archive.records import Record, parse_record
 from ssmd_dagster.capture.control import control_subject, serve
 from ssmd_dagster.capture.process import Heartbeat, cancel, connected, run
 from ssmd_dagster.capture.setting import Setting, load_setting
@@ -164,6 +164,9 @@ class Gateway:
         self._damaged = 0
         self._current: str | None = None
         self._passed_over = 0
+        self._control = control_subject(self._env, COMPONENT)
+        self._beats_as = "live", COMPONENT
+        self._close_s = CLOSE_TIMEOUT_S
         self.port = 0
         self.tailing = False
 
@@ -174,10 +177,10 @@ class Gateway:
         app.router.add_get("/v1/health", self._health)
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=CLOSE_TIMEOUT_S)
         await runner.setup()
-        self.port = await _listen(runner, self._setting)
-        service = await serve(self._stores.nc, control_subject(self._env, COMPONENT), self._answer)
-        heartbeat = Heartbeat(self._stores.cache, "live", COMPONENT, 0, self._status)
-        tasks = [asyncio.create_task(self._tail()), asyncio.create_task(heartbeat.run())]
+        self.port = await self._listen(runner)
+        service = await serve(self._stores.nc, self._control, self._answer)
+        heartbeat = Heartbeat(self._stores.cache, *self._beats_as, 0, self._status)
+        tasks = [asyncio.create_task(self._feed()), asyncio.create_task(heartbeat.run())]
         waiting = asyncio.create_task(stop.wait())
         try:
             done, _ = await asyncio.wait([*tasks, waiting], return_when=asyncio.FIRST_COMPLETED)
@@ -189,7 +192,11 @@ class Gateway:
             await self._drain("gateway stops", close=True)
             await runner.cleanup()
 
-    async def _tail(self) -> None:
+    async def _listen(self, runner: web.AppRunner) -> int:
+        return await _listen(runner, self._setting)
+
+    async def _feed(self) -> None:
+        """Pass on what the stream gets, until cancelled."""
         channels = [name for name in FILE_OF_CHANNEL if name != SESSION]
         looked = 0.0
         async with await self._stores.raw_stream.tail(channels) as tail:
@@ -221,40 +228,44 @@ class Gateway:
         if not isinstance(batch, Batch):
             self._damaged += 1
             return
+        if not any(batch.header.channel in client.channels for client in self._clients):
+            self._last_event_ns = batch.header.recv_last_ns
+            return
         try:
             records = decode_records(data, batch)
         except BatchDamagedError:
             self._damaged += 1  # verification names it; live clients have lost these events either way
             return
-        header = batch.header
         for line in records.splitlines():
-            record = parse_record(line)
-            ticker = self._ticker_of(record.wire) if header.channel != OTHER and record.wire else None
-            self._last_event_ns = record.recv_ns
-            event: str | None = None
-            for client in self._clients:
-                if not client.wants(header.channel, ticker):
-                    continue
-                if event is None:
-                    prefix = _encode(
-                        {
-                            "type": "event",
-                            "day": header.day,
-                            "channel": header.channel,
-                            "ticker": ticker,
-                            "conn": header.conn,
-                        }
-                    )
-                    event = (prefix[:-1] + b"," + line[1:]).decode()
-                    self._events += 1
-                client.put(event)
+            self._pass_record_on(batch.header, parse_record(line), line)
+
+    def _pass_record_on(self, header: BatchHeader, record: Record, line: bytes) -> None:
+        ticker = self._ticker_of(record.wire) if header.channel != OTHER and record.wire else None
+        self._last_event_ns = record.recv_ns
+        event: str | None = None
+        for client in self._clients:
+            if not client.wants(header.channel, ticker):
+                continue
+            if event is None:
+                prefix = _encode(
+                    {
+                        "type": "event",
+                        "day": header.day,
+                        "channel": header.channel,
+                        "ticker": ticker,
+                        "conn": header.conn,
+                    }
+                )
+                event = (prefix[:-1] + b"," + line[1:]).decode()
+                self._events += 1
+            client.put(event)
 
     async def _stream(self, request: web.Request) -> web.StreamResponse:
         if len(self._clients) >= MAX_CLIENTS:
             raise web.HTTPServiceUnavailable(text=f"the gateway serves {MAX_CLIENTS} clients already")
         # Uncompressed: whoever is on this host has the room, and one event goes to many.
         socket = web.WebSocketResponse(
-            heartbeat=20.0, max_msg_size=MAX_REQUEST_BYTES, timeout=CLOSE_TIMEOUT_S, compress=False
+            heartbeat=20.0, max_msg_size=MAX_REQUEST_BYTES, timeout=self._close_s, compress=False
         )
         await socket.prepare(request)
         client = Client(socket)
@@ -282,17 +293,17 @@ class Gateway:
             raise SsmdError(f"unknown command `{command}`")
         return self._status()
 
-    async def _drain(self, reason: str, *, close: bool) -> None:
-        """Let every client have what is queued for it, within `DRAIN_TIMEOUT_S`; close them where asked."""
+    async def _drain(
+        self, reason: str, *, close: bool, drain_s: float = DRAIN_TIMEOUT_S, close_s: float = CLOSE_TIMEOUT_S
+    ) -> None:
+        """Let every client have what is queued for it, within `drain_s`; close them where asked."""
         clients = list(self._clients)
         for client in clients:
             client.put(_text({"type": "day_ended", "reason": reason}))
-        await _within(DRAIN_TIMEOUT_S, [client.drained() for client in clients])
+        await _within(drain_s, [client.drained() for client in clients])
         if close:
             message = reason.encode()[:120]
-            await _within(
-                CLOSE_TIMEOUT_S, [client.socket.close(code=GOING_AWAY, message=message) for client in clients]
-            )
+            await _within(close_s, [client.socket.close(code=GOING_AWAY, message=message) for client in clients])
 
     def _status(self) -> dict[str, Any]:
         return {

@@ -69,6 +69,7 @@ class Pipeline:
     ) -> None:
         self.origin = origin
         self.acked_batches = 0
+        self.acked_records = 0
         self.unacked_batches = 0
         self.unacked_bytes = 0
         self.unsealed_bytes = 0
@@ -233,6 +234,7 @@ class Pipeline:
             done = self._held.popleft()
             self._held_bytes -= len(done.data)
             self.acked_batches += 1
+            self.acked_records += done.records
             self.unacked_batches -= 1
             self.unacked_bytes -= len(done.data)
 

@@ -22,6 +22,7 @@ from ssmd_dagster.stores.daybook import DayBook
 
 HEARTBEAT_EVERY_S = 1.0
 CANCEL_AGAIN_AFTER_S = 0.5
+NICENESS_OF_REPLAYS = 10
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -80,6 +81,11 @@ def run(main: Callable[[asyncio.Event], Coroutine[Any, Any, None]]) -> None:
     except SsmdError as error:
         _log.error("%s", error)
         sys.exit(int(error.exit_code))
+
+
+def give_way() -> None:
+    """Let other processes have the CPU first, from here on: a live day does not wait for a replay."""
+    os.nice(max(0, NICENESS_OF_REPLAYS - os.nice(0)))
 
 
 class Heartbeat:

@@ -16,6 +16,7 @@ from ssmd_dagster.environments.models import Environment
 
 ARCHIVER = "archiver"
 REPLAYER = "replayer"
+PLAYER = "player"
 LIVE = "live"
 """Stands for the date in the heartbeat of what outlives days: the gateway."""
 _SHARE = 0.9
@@ -25,6 +26,16 @@ _SHARE = 0.9
 def day_group(env: str, date: str) -> str:
     """Return the supervisor's group of one trading day."""
     return f"{env}-{date}"
+
+
+def play_group(env: str, date: str) -> str:
+    """Return the supervisor's group of a day that is played to clients."""
+    return f"{env}-{played(date)}"
+
+
+def played(date: str) -> str:
+    """Return what stands for the date where a played day must not be taken for the recorded one: in heartbeats."""
+    return f"play-{date}"
 
 
 def shard_count(env: Environment) -> int:
@@ -99,6 +110,11 @@ def audit_program(setting: Setting, date: str) -> Program:
 def gateway_program(setting: Setting) -> Program:
     """Return the program of an environment's gateway."""
     return _python("gateway", "gateway", setting.env.name)
+
+
+def player_program(setting: Setting, date: str, speed: float) -> Program:
+    """Return the program that plays a recorded day to clients."""
+    return _python(PLAYER, PLAYER, setting.env.name, date, f"{speed:g}")
 
 
 def _python(name: str, module: str, *arguments: str) -> Program:

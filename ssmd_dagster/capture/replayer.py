@@ -25,7 +25,7 @@ from msgspec.structs import replace
 
 from ssmd_dagster.archive.batch import Batch
 from ssmd_dagster.archive.records import parse_record, payload_of
-from ssmd_dagster.capture.process import Heartbeat, cancel, connected, run
+from ssmd_dagster.capture.process import Heartbeat, cancel, connected, give_way, run
 from ssmd_dagster.capture.programs import REPLAYER as COMPONENT
 from ssmd_dagster.capture.rest_pages import RestPages
 from ssmd_dagster.capture.setting import Setting, load_setting
@@ -196,6 +196,9 @@ class Replayer:
         if tickers is not None and len(tickers) < MAX_TICKERS_BY_THEMSELVES:
             whole = await exchange.pages_of_tape(self._from_ns, self._to_ns)
             query = replace(query, per_ticker=len(tickers) < whole)
+        # What the exchange's list is held against in the end: a market of which no trade came is asked for there too.
+        named = None if tickers is None else sorted(tickers)
+        pages.note({"event": "asked", "channels": ["trade"], "tickers": named})
         self._state = "trades"
 
         async def take(page: TradePage) -> None:
@@ -296,6 +299,7 @@ async def last_completion(stores: Stores, date: str) -> int:
 
 async def main(env_name: str, date: str, share: int, stop: asyncio.Event) -> None:
     """Fetch one day in the epoch that holds it now; stops early when `stop` is set."""
+    give_way()
     setting = load_setting(env_name)
     async with connected(setting, COMPONENT) as stores:
         book = DayBook(setting.env.name, stores.journal, stores.cache, setting.clock, f"capture:{COMPONENT}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from ssmd_dagster.capture.audit import count_connection
 from ssmd_dagster.capture.pipeline import Pipeline
@@ -64,6 +64,12 @@ class RestPages:
             on_end=lambda _reason: None,
         )
         return self
+
+    def note(self, note: dict[str, Any]) -> None:
+        """Record something about the pages, in the channel `session`."""
+        if self._recorder.n == 0:
+            self._recorder.note({"event": "connected", "conn": self.conn})
+        self._recorder.note(note)
 
     async def put(self, type_: str, msg: bytes) -> None:
         """Record one page: `type_` of `CHANNEL_OF_PAGE`, `msg` a JSON object on one line."""

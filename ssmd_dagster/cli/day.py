@@ -28,14 +28,20 @@ from ssmd_dagster.cli.output import (
 )
 from ssmd_dagster.cli.report import report_command
 from ssmd_dagster.day.calendar import parse_date
+from ssmd_dagster.day.checks import drift_words
 from ssmd_dagster.day.events import Paused, TradingDay
+from ssmd_dagster.day.health import unknown_words
 from ssmd_dagster.day.ledger import Ledger
+from ssmd_dagster.day.maintenance import described
+from ssmd_dagster.day.payloads import DriftFound
 from ssmd_dagster.day.states import DayState
 from ssmd_dagster.errors import ExitCode, RefusedError, UnreachableError, UsageError
 from ssmd_dagster.stores.objects import open_object_stores
 from ssmd_dagster.workflows.attempt import Attempt, Options
 from ssmd_dagster.workflows.desk import Desk, Progress
+from ssmd_dagster.workflows.drift import newest_drift
 from ssmd_dagster.workflows.end import END
+from ssmd_dagster.workflows.play import play, stop_playing
 from ssmd_dagster.workflows.rebuild import rebuild
 from ssmd_dagster.workflows.recover import recovery_of
 from ssmd_dagster.workflows.roll import dates_to_roll, roll
@@ -51,6 +57,7 @@ _date_option = click.option(
 )
 _reason_option = click.option("--reason", help="Why; kept in the journal.")
 
+MOST_SPEED = 10_000
 GAPS_SHOWN = 20
 FAULTS_SHOWN = 20
 HISTORY_COLUMNS = (("DATE", 12), ("STATE", 10), ("START", 19), ("END", 20), ("MSGS", 11), ("GAPS", 0))
@@ -88,6 +95,7 @@ def status_command(env: str, date: str | None, as_json: bool) -> None:
         click.echo(f"Started: {rfc3339(view.day.started_ns)} ({ago} ago)")
     click.echo(f"Messages: {thousands(view.messages)}")
     click.echo(f"Gaps: {view.gaps}")
+    _print_maintenance(env, view)
     if view.error:
         click.echo(f"Error: {view.error}")
         _print_next_command(env, view)
@@ -107,22 +115,24 @@ def status_command(env: str, date: str | None, as_json: bool) -> None:
     show_default=True,
     help="Of a replay: fetch the day from the exchange's history, or make the tables of a recorded day again.",
 )
-@click.option("--speed", type=float, help="Play a recorded day through the gateway: not built in this version.")
+@click.option(
+    "--speed",
+    type=click.FloatRange(0, MOST_SPEED, min_open=True),
+    help="With --from archive: play the recorded day to clients, so many times as fast as it went.",
+)
 @_reason_option
 @json_option
 def start_command(
     env: str, date: str | None, mode: str | None, source: str, speed: float | None, reason: str | None, as_json: bool
 ) -> int:
     """Start a trading day: sync, connect, and see that data flows. A day that is over is replayed."""
-    if speed is not None:
-        raise UsageError(
-            "--speed: a recorded day cannot be played through the gateway in this version",
-            do=f"`ssmd day start {env} --date DATE --mode replay --from archive` makes its tables again.",
-        )
+    if speed is not None and source != "archive":
+        raise UsageError("--speed plays a recorded day", do="It wants --from archive and --date.")
     if source == "archive":
         if date is None or mode == "live":
-            raise UsageError("--from archive makes the tables of a recorded day again", do="It wants --date, not live.")
-        return _normalize(env, str(_checked_date(date)), as_json)
+            raise UsageError("--from archive is about a recorded day", do="It wants --date, not live.")
+        wanted = str(_checked_date(date))
+        return _normalize(env, wanted, as_json) if speed is None else _play(env, wanted, speed, as_json)
     printer = _Printer(as_json)
 
     async def body(desk: Desk) -> tuple[Attempt, TradingDay]:
@@ -153,6 +163,8 @@ def end_command(env: str, date: str | None, force: bool, reason: str | None, as_
         wanted = _checked_date(date) or (await desk.book.refresh()).current
         if wanted is None:
             raise RefusedError("there is no trading day to end", where=env, do=f"Start one: `ssmd day start {env}`.")
+        if await stop_playing(desk, wanted):
+            message(f"Trading day {wanted} is no longer played")
         attempt = Attempt(desk, wanted, END, Options(force=force, reason=reason))
         printer.head(f"Ending trading day {wanted}...")
         return attempt, await attempt.go()
@@ -236,11 +248,17 @@ def history_command(env: str, limit: int, as_json: bool) -> None:
 def show_command(ctx: click.Context, words: tuple[str, ...], every_gap: bool, as_json: bool) -> None:
     """Show one trading day: times, counts, gaps, condition, ledger, and where its files are."""
     env, date = _env_and_date(ctx, words)
-    view = with_desk(env, lambda desk: show(desk, date))
+
+    async def body(desk: Desk) -> tuple[DayView, DriftFound | None]:
+        view = await show(desk, date)
+        sampled = view.state is DayState.ACTIVE and not as_json
+        return view, await newest_drift(desk, date) if sampled else None
+
+    view, newest = with_desk(env, body)
     if as_json:
         print_json(view.to_json(env))
         return
-    print_day(env, view, None if every_gap else GAPS_SHOWN)
+    print_day(env, view, None if every_gap else GAPS_SHOWN, newest)
 
 
 @day_group.command("verify")
@@ -295,6 +313,8 @@ def print_verification(found: Verification) -> None:
     click.echo(f"Trading day {found.date} {proved}; its condition is{changed} {found.condition}")
     for reason in found.condition_reasons:
         click.echo(f"  - {reason}")
+    for step in found.mend:
+        click.echo(f"To mend it: {step}")
 
 
 def _env_and_date(ctx: click.Context, words: tuple[str, ...]) -> tuple[str, str]:
@@ -324,6 +344,17 @@ def _normalize(env: str, wanted: str, as_json: bool) -> int:
     else:
         print_normalised(wanted, found)
     return int(ExitCode.DEGRADED if found.damaged else ExitCode.OK)
+
+
+def _play(env: str, wanted: str, speed: float, as_json: bool) -> int:
+    address = with_desk(env, lambda desk: play(desk, wanted, speed))
+    if as_json:
+        print_json({"environment": env, "date": wanted, "speed": speed, "address": address})
+        return int(ExitCode.OK)
+    click.echo(f"Trading day {wanted} is played {speed:g} times as fast as it went, from the first subscription on:")
+    click.echo(f"  {address}")
+    click.echo(f"It ends by itself; `ssmd day end {env} --date {wanted}` stops it.")
+    return int(ExitCode.OK)
 
 
 def print_normalised(date: str, found: Normalised) -> None:
@@ -370,8 +401,11 @@ def print_history(views: list[DayView]) -> None:
         click.echo(_row(cells))
 
 
-def print_day(env: str, view: DayView, gaps_shown: int | None = None) -> None:
-    """Print everything that is known of one day, the first `gaps_shown` gaps one by one."""
+def print_day(env: str, view: DayView, gaps_shown: int | None = None, newest: DriftFound | None = None) -> None:
+    """Print everything that is known of one day, the first `gaps_shown` gaps one by one.
+
+    `newest` is what a running day's newest messages have that is unknown.
+    """
     day = view.day
     click.echo(f"Trading Day: {day.date}")
     click.echo(f"Environment: {env}")
@@ -393,12 +427,22 @@ def print_day(env: str, view: DayView, gaps_shown: int | None = None) -> None:
         click.echo(f"  - {time_of_day(gap.from_ns)} - {until} ({gap.cause}{outcome}{detail})")
     if gaps_shown is not None and len(day.gaps) > gaps_shown:
         click.echo(f"  and {thousands(len(day.gaps) - gaps_shown)} more; --all lists them")
+    _print_maintenance(env, view)
     if day.archive_url is not None:
         click.echo(f"Archive: {day.archive_url}")
     if day.condition is not None:
         click.echo(f"Condition: {day.condition}")
         for reason in day.condition_reasons:
             click.echo(f"  - {reason}")
+    if day.late is not None and day.late.rows:
+        todo = f"no table has them yet: ssmd day normalize {env} --date {day.date}"
+        click.echo(f"Late Rows: {thousands(day.late.rows)}, {'in the table `late`' if day.late.filed else todo}")
+    if view.unknown:
+        click.echo(f"Drift: {unknown_words(view.unknown)}")
+    if newest is not None and newest.fingerprints:
+        click.echo(f"Drift: {drift_words(newest)} in the newest messages")
+    if not view.unknown and view.drift is not None and view.drift.fingerprints:
+        click.echo(f"Drift: {drift_words(view.drift)}; examples: ssmd day report {env} {day.date}")
     ledger = ledger_of(day)
     if ledger is not None:
         print_ledger(ledger)
@@ -435,6 +479,11 @@ def print_ledger(ledger: Ledger) -> None:
 
 def _count(count: int | None) -> str:
     return "not computed" if count is None else thousands(count)
+
+
+def _print_maintenance(env: str, view: DayView) -> None:
+    if view.maintenance:
+        click.echo(f"Maintenance: {described(view.maintenance, load_setting(env).env.calendar())}, announced")
 
 
 def _print_next_command(env: str, view: DayView) -> None:

@@ -13,6 +13,7 @@ import msgspec
 from ssmd_dagster.day.calendar import Window
 from ssmd_dagster.day.events import TradingDay
 from ssmd_dagster.day.ledger import Ledger
+from ssmd_dagster.day.payloads import DriftFound
 
 ON_TIME_S = 120
 """How long after its opening a day may become ACTIVE, and after its close its end be asked for."""
@@ -36,6 +37,7 @@ def checks_of(day: TradingDay, planned: Window) -> tuple[Check, ...]:
     ledger = None if day.ledger is None else Ledger.from_json(day.ledger)
     return (
         *(_with_ledger(name, asset, ledger, look) for name, (asset, look) in _OF_LEDGER.items()),
+        _no_drift(day, ledger),
         _on_time(day, planned),
     )
 
@@ -102,7 +104,9 @@ def _normalised(ledger: Ledger) -> _Answer:
         return False, False, _not_computed(ledger, "normalised", text), 0
     rows = sum(sheet.normalised or 0 for sheet in ledger.channels)
     rejected = sum(sheet.rejected_total or 0 for sheet in ledger.channels)
-    return rejected == 0, False, f"{rows:,} records became rows, {rejected:,} were rejected", rows
+    # The trades of a day that was recorded with another one all repeat what that one's archive has.
+    repeated = sum(sheet.duplicates or 0 for sheet in ledger.channels)
+    return rejected == 0, False, f"{rows:,} records became rows, {rejected:,} were rejected", rows + repeated
 
 
 _OF_LEDGER: dict[str, tuple[str, Callable[[Ledger], _Answer]]] = {
@@ -113,7 +117,11 @@ _OF_LEDGER: dict[str, tuple[str, Callable[[Ledger], _Answer]]] = {
     "book_proofs": ("orderbook", _books),
 }
 
-CHECKS: dict[str, str] = {**{name: asset for name, (asset, _) in _OF_LEDGER.items()}, "on_time": "trading_day"}
+CHECKS: dict[str, str] = {
+    **{name: asset for name, (asset, _) in _OF_LEDGER.items()},
+    "drift": "raw",
+    "on_time": "trading_day",
+}
 """Every check's name and the asset that it is about."""
 
 DESCRIPTIONS: dict[str, str] = {
@@ -122,8 +130,28 @@ DESCRIPTIONS: dict[str, str] = {
     "trades_against_exchange": "Every trade that the exchange lists was captured or repaired, and none besides.",
     "normalised": "Every archived record became a row, or was counted under the reason why not.",
     "book_proofs": "Order books rebuilt from the archive agree with the exchange's own snapshots.",
+    "drift": "The exchange sent no key, message type or shape that the reader does not know.",
     "on_time": "The day was ACTIVE when it was due, and its end was asked for when it closed.",
 }
+
+
+def _no_drift(day: TradingDay, ledger: Ledger | None) -> Check:
+    drift = None if day.sealed is None else day.sealed.drift
+    examined = 0 if ledger is None else sum(sheet.archived or 0 for sheet in ledger.channels)
+    if drift is None or not examined:
+        passed, text = False, "nobody has looked: the day has no sealed tables, or they were made by an earlier version"
+    else:
+        passed, text = not drift.fingerprints, f"{examined:,} records read, {drift_words(drift)}"
+    return Check(name="drift", asset="raw", passed=passed, blocking=False, text=text, examined=examined)
+
+
+def drift_words(drift: DriftFound) -> str:
+    """Return in words what a reader did not know, the most frequent things named."""
+    if not drift.fingerprints:
+        return "nothing unknown"
+    most = ", ".join(f"{one.kind} {one.name} {one.json_type}".rstrip() + f" ×{one.count:,}" for one in drift.most)
+    more = ", …" if drift.fingerprints > len(drift.most) else ""
+    return f"{drift.fingerprints} unknown keys, types or shapes ({most}{more})"
 
 
 def _on_time(day: TradingDay, planned: Window) -> Check:
@@ -134,7 +162,8 @@ def _on_time(day: TradingDay, planned: Window) -> Check:
         late.append("it is a replay")
     elif (by_s := (day.started_ns - planned.open_ns) // _NS) > ON_TIME_S:
         late.append(f"ACTIVE {by_s:,} s after its opening")
-    if day.ended_ns is not None and (by_s := (day.ended_ns - planned.close_ns) // _NS) > ON_TIME_S:
-        late.append(f"its end was asked for {by_s:,} s after its close")
+    after_s = 0 if day.ended_ns is None or day.mode == "replay" else (day.ended_ns - planned.close_ns) // _NS
+    if after_s > ON_TIME_S:
+        late.append(f"its end was asked for {after_s:,} s after its close")
     text = "; ".join(late) or "started and ended when it was due"
     return Check(name="on_time", asset="trading_day", passed=not late, blocking=False, text=text, examined=1)

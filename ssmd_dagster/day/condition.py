@@ -14,12 +14,14 @@ import msgspec
 from ssmd_dagster.day.calendar import Window
 from ssmd_dagster.day.events import Gap
 from ssmd_dagster.day.ledger import Ledger
-from ssmd_dagster.day.payloads import ConditionValue, Mode
+from ssmd_dagster.day.payloads import ConditionValue, LateRows, Mode
 
 RULES_VERSION = 1
 
 NEVER_DEGRADE = frozenset({"exchange_maintenance", "closed_by_schedule"})
 """Causes of gaps in which there was nothing to record."""
+
+_LATE = "rows arrived after the seal"
 
 MAX_GAPS_NAMED = 20
 """Gaps that are named one by one among the reasons; the others are counted by cause."""
@@ -47,7 +49,7 @@ def condition(
     archived_records: int | None,
     source: Mode = "live",
     forced_by: str | None = None,
-    late_rows: int = 0,
+    late: LateRows | None = None,
     faults: int = 0,
 ) -> Condition:
     """Judge a day.
@@ -61,12 +63,12 @@ def condition(
         archived_records: Records read back from the store, None if nobody looked.
         source: `replay` where the records are not those of the live socket.
         forced_by: Who skipped the verification.
-        late_rows: Rows that arrived after the seal.
+        late: Rows that arrived after a seal of the day.
         faults: Of a finished day: what a later verification found wrong with its files.
     """
     if archived_records == 0:
         return Condition(value="missing", reasons=("nothing archived",))
-    against = _against(ledger, gaps, source, late_rows)
+    against = _against(ledger, gaps, source, late)
     if faults:
         against = (f"{faults} faults found by a later verification", *against)
     if forced_by is not None:
@@ -82,7 +84,22 @@ def condition(
     return Condition(value="degraded" if against else "available", reasons=against)
 
 
-def _against(ledger: Ledger | None, gaps: Sequence[Gap], source: Mode, late_rows: int) -> tuple[str, ...]:
+def with_late_rows(value: ConditionValue, reasons: Sequence[str], late: LateRows) -> Condition:
+    """Judge a finished day of which nothing is new but its late rows; all that was found before still stands."""
+    others = tuple(reason for reason in reasons if _LATE not in reason)
+    against = (*others, *_late(late))
+    if value in ("missing", "pending"):
+        return Condition(value=value, reasons=against)
+    return Condition(value="degraded" if against else "available", reasons=against)
+
+
+def _late(late: LateRows | None) -> tuple[str, ...]:
+    if late is None or not late.rows:
+        return ()
+    return (f"{late.rows} {_LATE}" + ("" if late.filed else ", and no table has them yet"),)
+
+
+def _against(ledger: Ledger | None, gaps: Sequence[Gap], source: Mode, late: LateRows | None) -> tuple[str, ...]:
     standing = [gap for gap in gaps if gap.outcome in ("open", "stays") and gap.cause not in NEVER_DEGRADE]
     reasons = [
         f"gap {gap.gap_id} ({gap.cause}) {'is open' if gap.outcome == 'open' else 'stays'}"
@@ -103,6 +120,4 @@ def _against(ledger: Ledger | None, gaps: Sequence[Gap], source: Mode, late_rows
             reasons.append(f"{ledger.trades.extra} trades that the exchange does not list")
     if source == "replay":
         reasons.append("replayed source")
-    if late_rows:
-        reasons.append(f"{late_rows} rows arrived after the seal")
-    return tuple(reasons)
+    return (*reasons, *_late(late))

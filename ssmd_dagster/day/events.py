@@ -132,9 +132,11 @@ class TradingDay(msgspec.Struct, frozen=True, kw_only=True):
         ended_ns: When the end that holds was first asked for; None while the day runs.
         open_ns: Start of the window where a verb set it, None where the calendar's holds; `close_ns` likewise.
         ever_active: The day was ACTIVE at least once, in any revision; `recorded`: it was so live.
+        recorded_with: The day whose recording went on through all of this one, which nobody started.
         messages: Records of the day, from `completed` or the latest checkpoint that gave a total.
         checkpoints: Latest counts per component, connections accumulated.
         steps: Steps of the current attempt, in order.
+        late: Rows that came after a seal, as far as is known.
         completed: The data of the latest `completed`, kept through a later revision's attempt.
         last_seq: Sequence of the last event folded; `updated_ns` is its time.
     """
@@ -153,6 +155,7 @@ class TradingDay(msgspec.Struct, frozen=True, kw_only=True):
     close_ns: int | None = None
     ever_active: bool = False
     recorded: bool = False
+    recorded_with: str | None = None
     failure: Failure | None = None
     condition: payloads.ConditionValue | None = None
     condition_reasons: tuple[str, ...] = ()
@@ -162,10 +165,16 @@ class TradingDay(msgspec.Struct, frozen=True, kw_only=True):
     checkpoints: dict[str, payloads.Checkpoint] = {}
     steps: tuple[Step, ...] = ()
     ledger: dict[str, Any] | None = None
+    late: payloads.LateRows | None = None
     completed: payloads.Completed | None = None
     sealed: payloads.Sealed | None = None
     last_seq: int
     updated_ns: int
+
+    @property
+    def source(self) -> payloads.Mode:
+        """Return `live` where its records are those of a live socket, its own or that of the day that it was recorded with."""
+        return "live" if self.recorded or self.recorded_with is not None else self.mode
 
     @property
     def error(self) -> str | None:
@@ -452,8 +461,11 @@ def _failed(day: TradingDay, event: DayEvent, data: payloads.Failed) -> dict[str
     }
 
 
-def _missed(day: TradingDay, event: DayEvent, data: payloads.Payload) -> dict[str, Any]:
-    return {"failure": Failure(error=event.reason or "missed", step=None, exit_code=1, transient=False)}
+def _missed(day: TradingDay, event: DayEvent, data: payloads.Missed) -> dict[str, Any]:
+    return {
+        "failure": Failure(error=event.reason or "missed", step=None, exit_code=1, transient=False),
+        "recorded_with": data.recorded_with,
+    }
 
 
 def _error_raised(day: TradingDay, event: DayEvent, data: payloads.ErrorRaised) -> dict[str, Any]:
@@ -480,6 +492,7 @@ def _completed(day: TradingDay, event: DayEvent, data: payloads.Completed) -> di
         "rules_version": data.rules_version,
         "messages": data.messages,
         "ledger": data.ledger if data.ledger is not None else day.ledger,
+        "late": data.late if data.late is not None else day.late,
     }
 
 
@@ -534,6 +547,7 @@ def _condition_changed(day: TradingDay, event: DayEvent, data: payloads.Conditio
         "condition": data.condition,
         "condition_reasons": data.condition_reasons,
         "rules_version": data.rules_version,
+        "late": data.late if data.late is not None else day.late,
     }
 
 

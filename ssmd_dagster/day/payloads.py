@@ -46,6 +46,12 @@ class Failed(Payload, frozen=True, kw_only=True):
     transient: bool = False
 
 
+class Missed(Payload, frozen=True, kw_only=True):
+    """A day that is over and was never started; `recorded_with` is the day whose recording went on through all of it."""
+
+    recorded_with: str | None = None
+
+
 class ErrorRaised(Payload, frozen=True, kw_only=True):
     """An ACTIVE day in trouble; `component` names the process concerned."""
 
@@ -62,6 +68,30 @@ class GaveUp(Payload, frozen=True, kw_only=True):
     transient: bool = False
 
 
+class LateRows(Payload, frozen=True, kw_only=True):
+    """Rows that came off a socket after a seal of the day, up to `until_ns`; `filed`: the newest revision's tables have them."""
+
+    rows: int
+    until_ns: int | None = None
+    filed: bool = False
+
+
+class DriftCount(Payload, frozen=True, kw_only=True):
+    """One thing that no reader knows: a key (`json_type`: of its value), a message type or a shape, and how often it came."""
+
+    kind: str
+    name: str
+    json_type: str = ""
+    count: int
+
+
+class DriftFound(Payload, frozen=True, kw_only=True):
+    """What a normaliser did not know: how many `fingerprints` there are, and the most frequent ones of each kind."""
+
+    fingerprints: int
+    most: tuple[DriftCount, ...] = ()
+
+
 class EndRequested(Payload, frozen=True, kw_only=True):
     """An attempt to end. `close_ns` is set where a manual verb closes the window; `forced_by` names who skips proof."""
 
@@ -70,7 +100,10 @@ class EndRequested(Payload, frozen=True, kw_only=True):
 
 
 class Completed(Payload, frozen=True, kw_only=True):
-    """The day is COMPLETE. `ledger` is `Ledger.to_json()`; None where a forced end skipped the verification."""
+    """The day is COMPLETE. `ledger` is `Ledger.to_json()`; None where a forced end skipped the verification.
+
+    `late` None: nothing new is known of late rows.
+    """
 
     condition: ConditionValue
     condition_reasons: tuple[str, ...] = ()
@@ -80,6 +113,7 @@ class Completed(Payload, frozen=True, kw_only=True):
     gaps: int
     archive_url: str
     forced_by: str | None = None
+    late: LateRows | None = None
 
 
 class Step(Payload, frozen=True, kw_only=True):
@@ -148,26 +182,28 @@ class Verified(Payload, frozen=True, kw_only=True):
 
 
 class ConditionChanged(Payload, frozen=True, kw_only=True):
-    """A finished day is judged anew."""
+    """A finished day is judged anew. `late` None: nothing new is known of late rows."""
 
     condition: ConditionValue
     condition_reasons: tuple[str, ...] = ()
     rules_version: int = 1
+    late: LateRows | None = None
 
 
 class Sealed(Payload, frozen=True, kw_only=True):
-    """The manifest of a revision was written."""
+    """The manifest of a revision was written; `drift` is what the normaliser of its tables did not know."""
 
     manifest_sha256: str
     root_hash: str
     revision: int
     manifest_key: str | None = None
+    drift: DriftFound | None = None
 
 
 SHAPES: dict[EventName, type[Payload]] = {
     EventName.DEFINED: Payload,
     EventName.START_REQUESTED: StartRequested,
-    EventName.MISSED: Payload,
+    EventName.MISSED: Missed,
     EventName.STARTED: Started,
     EventName.START_FAILED: Failed,
     EventName.ERROR_RAISED: ErrorRaised,

@@ -16,8 +16,9 @@ from typing import Literal
 
 import msgspec
 
-from ssmd_dagster.day.calendar import TradingCalendar
+from ssmd_dagster.day.calendar import TradingCalendar, Window
 from ssmd_dagster.day.events import Book, TradingDay
+from ssmd_dagster.day.maintenance import window_at
 from ssmd_dagster.day.states import DayState
 
 Verb = Literal["start", "end", "roll", "recover", "replay"]
@@ -34,7 +35,7 @@ STALE_S = 60
 NOBODY = "nobody started it"
 RECORDED_WITH = "its messages are recorded with"
 PAUSED_BY = "paused by"
-"""How the reason of `missed` begins. Only a day that nobody started is replayed without being asked for."""
+"""How the reason of `missed` begins. What was paused is not replayed without being asked for."""
 
 BACK_OFF_MIN = (1, 2, 4, 8, 15)
 MOST_TRIES = {"start": 200, "recover": 20, "roll": 20, "end": 20, "replay": 3}
@@ -46,10 +47,14 @@ _ONE_DAY = timedelta(days=1)
 
 
 class Facts(msgspec.Struct, frozen=True, kw_only=True):
-    """What the journal does not say: `recording` are days all of whose processes live, `held` those with a lease."""
+    """What the journal does not say: `recording` are days all of whose processes live, `held` those with a lease.
+
+    `maintenance` is what the exchange has announced: a start or a roll in it would fail.
+    """
 
     recording: frozenset[str] = frozenset()
     held: frozenset[str] = frozenset()
+    maintenance: tuple[Window, ...] = ()
 
 
 class Ask(msgspec.Struct, frozen=True, kw_only=True):
@@ -61,10 +66,11 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Missed(msgspec.Struct, frozen=True, kw_only=True):
-    """A day that is over and that nobody started, with the reason to journal."""
+    """A day that is over and that nobody started, with the reason to journal and the day that was recorded instead."""
 
     date: str
     reason: str
+    recorded_with: str | None = None
 
 
 class CutOff(msgspec.Struct, frozen=True, kw_only=True):
@@ -84,12 +90,13 @@ class Flag(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything that is to be done now, the most urgent first; `paused` says why nothing is."""
+    """Everything that is to be done now, the most urgent first; `paused` says why nothing is, `waiting` what is put off."""
 
     asks: tuple[Ask, ...] = ()
     missed: tuple[Missed, ...] = ()
     cut_off: tuple[CutOff, ...] = ()
     flags: tuple[Flag, ...] = ()
+    waiting: tuple[str, ...] = ()
     paused: str | None = None
 
 
@@ -141,7 +148,7 @@ def permission(verb: Verb, runs: Sequence[Run], now_s: float) -> Permission:
 
 
 def covered_by(book: Book, calendar: TradingCalendar, date: Date, facts: Facts) -> str | None:
-    """Return the day whose recording held this whole date, None where there is none."""
+    """Return the day whose recording held this whole date, None where there is none: it recorded on, its roll was late."""
     opens, closes = calendar.open_ns(date), calendar.close_ns(date)
     for day in book.days.values():
         if day.date == date.isoformat() or not day.ever_active or day.mode != "live":
@@ -165,6 +172,7 @@ class _Planning:
         self._missed: list[Missed] = []
         self._cut_off: list[CutOff] = []
         self._flags: list[Flag] = []
+        self._waiting: list[str] = []
         self._rolling: str | None = None
 
     def plan(self) -> Plan:
@@ -190,6 +198,7 @@ class _Planning:
             missed=tuple(self._missed),
             cut_off=tuple(self._cut_off),
             flags=tuple(self._flags),
+            waiting=tuple(self._waiting),
         )
 
     def _to_roll(self) -> str | None:
@@ -219,7 +228,7 @@ class _Planning:
         if self._over(date):
             cover = covered_by(self._book, self._calendar, date, self._facts)
             reason = f"{NOBODY}, and it is over" if cover is None else f"{RECORDED_WITH} {cover}"
-            self._missed.append(Missed(date=date.isoformat(), reason=reason))
+            self._missed.append(Missed(date=date.isoformat(), reason=reason, recorded_with=cover))
             return
         due_ns = self._calendar.start_due_ns(date)
         if date > self._today or self._now_ns < due_ns + START_GRACE_S * _NS or self._rolling is not None:
@@ -277,9 +286,14 @@ class _Planning:
             self._again("start", date, transient, cause)
             self._late_start(date, cause)
         elif not day.ever_active:
-            if transient or cause.startswith(NOBODY):
+            if cause.startswith(RECORDED_WITH):
+                # Its tables are made of that day's archive, which is whole and proved once that day is COMPLETE.
+                recorder = self._book.days.get(day.recorded_with or "")
+                if recorder is not None and recorder.state is _S.COMPLETE:
+                    self._ask("replay", date, f"{cause}, which is COMPLETE")
+            elif transient or cause.startswith(NOBODY):
                 self._ask("replay", date, cause)
-            elif not cause.startswith((RECORDED_WITH, PAUSED_BY)):
+            elif not cause.startswith(PAUSED_BY):
                 self._flag(date, "stuck", cause, "start")
         elif day.ended_ns is None and day.mode == "live":
             self._ask("end", date, f"it is over, and what it holds is not proved: {cause}")
@@ -293,6 +307,13 @@ class _Planning:
             self._flag(date, "stuck", cause, verb)
 
     def _ask(self, verb: Verb, date: Date, why: str) -> None:
+        window = window_at(self._facts.maintenance, self._now_ns)
+        if window is not None and verb in ("start", "roll"):
+            until = self._calendar.local(window.close_ns).isoformat()
+            self._waiting.append(
+                f"the {verb} of {date} waits for the exchange's announced maintenance to end, at {until}"
+            )
+            return
         self._asks.append(Ask(verb=verb, date=date.isoformat(), why=why))
 
     def _flag(self, date: Date, kind: Literal["late", "stuck"], cause: str, verb: str) -> None:

@@ -7,6 +7,7 @@ before its own: see `workflows.attempt`. Rules do not belong here, nor does the 
 
 # No `from __future__ import annotations`: Dagster compares the annotation of `context` with its own class.
 
+import traceback
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
@@ -14,12 +15,14 @@ import dagster as dg
 import msgspec
 
 from ssmd_dagster.day.events import TradingDay
+from ssmd_dagster.day.maintenance import described
 from ssmd_dagster.day.states import DayState
 from ssmd_dagster.defs.assets import ledger_table
 from ssmd_dagster.defs.resources import DayDesk, DaySession, VerbName
 from ssmd_dagster.environments.home import exchanges_dir
 from ssmd_dagster.environments.loader import broken_configuration, load_registry
 from ssmd_dagster.errors import ExitCode, SsmdError
+from ssmd_dagster.stores.secmaster import SyncResult
 from ssmd_dagster.workflows.attempt import Attempt
 from ssmd_dagster.workflows.backfill import replay_day
 from ssmd_dagster.workflows.desk import Desk, Progress, Report
@@ -65,7 +68,8 @@ def _op(name: str, verb: VerbName, work: _Work, description: str) -> dg.OpDefini
         try:
             attempt = work(desk.session, partition, show)
         except SsmdError as error:
-            raise _failure(error, verb, desk.environment, partition, seen) from error
+            _log_origin(context, error)
+            raise _failure(error, verb, desk.environment, partition, seen) from None
         context.add_output_metadata(_metadata(context, attempt, seen))
 
     return body
@@ -147,7 +151,7 @@ def replay(context: dg.OpExecutionContext) -> None:
         return await replay_day(desk, date, reason=f"run {context.run_id[:8]}"), already
 
     day, already = _called(context, work, "backfill")
-    _tell_result(context, f"{day.date} {'was' if already else 'is'} {day.state}, {day.condition}")
+    _tell_result(context, day.date, _state(day, already=already))
     context.add_output_metadata(_completion(context, day))
 
 
@@ -163,7 +167,7 @@ def verify_again(context: dg.OpExecutionContext) -> None:
     found = _called(
         context, lambda desk, date: verify_sealed(desk, date, lambda text: context.log.debug(text)), "verify"
     )
-    _tell_result(context, f"{found.date} r{found.revision} is {found.condition}, {len(found.faults)} faults")
+    _tell_result(context, found.date, f"{found.condition}, {len(found.faults)} faults (r{found.revision})")
     metadata: Metadata = {
         "condition": dg.MetadataValue.text(found.condition),
         "revision": dg.MetadataValue.int(found.revision),
@@ -183,8 +187,15 @@ def verify_again(context: dg.OpExecutionContext) -> None:
 )
 def sync_markets(context: dg.OpExecutionContext) -> None:
     """Sync the security master and observe what changed."""
-    result = _called(context, sync_security_master, None)
-    counts = {name: dg.MetadataValue.int(count) for name, count in msgspec.structs.asdict(result).items()}
+
+    async def work(desk: Desk, date: str) -> tuple[SyncResult, str]:
+        result = await sync_security_master(desk, date)
+        return result, described(await desk.stores.cache.maintenance(), desk.calendar)
+
+    result, announced = _called(context, work, None)
+    counts: Metadata = {name: dg.MetadataValue.int(count) for name, count in msgspec.structs.asdict(result).items()}
+    if announced:
+        counts["maintenance_announced"] = dg.MetadataValue.text(announced)
     context.log_event(
         dg.AssetObservation(
             [context.resources.desk.environment, "security_master"],
@@ -205,13 +216,20 @@ def _called(
     try:
         return desk.session.call(partition, work, lambda progress: _log_progress(context, progress))
     except SsmdError as error:
-        raise _failure(error, verb, desk.environment, partition, []) from error
+        _log_origin(context, error)
+        raise _failure(error, verb, desk.environment, partition, []) from None
 
 
-def _tell_result(context: dg.OpExecutionContext, text: str) -> None:
-    """Put what a run did where the list of runs shows it."""
-    context.log.info(text)
-    context.instance.add_run_tags(context.run_id, {"ssmd/result": text[:250]})
+def _tell_result(context: dg.OpExecutionContext, date: str, text: str) -> None:
+    """Put what a run did where the list of runs shows it, beside the partition; of another day (a roll) with its date."""
+    context.log.info(f"{date}: {text}")
+    shown = text if context.has_partition_key and date == context.partition_key else f"{date} {text}"
+    context.instance.add_run_tags(context.run_id, {"ssmd/result": shown[:250]})
+
+
+def _state(day: TradingDay, *, already: bool) -> str:
+    condition = f", {day.condition}" if day.condition else ""
+    return f"{'already ' if already else ''}{day.state}{condition}"
 
 
 @dg.op(description="Reads the configuration again and fails with what is wrong with it.")
@@ -229,6 +247,11 @@ def check_configuration(context: dg.OpExecutionContext) -> None:
             allow_retries=False,
         )
     context.log.info("Nothing is wrong any more. Dagster has all environments once its code server is started again.")
+
+
+def _log_origin(context: dg.OpExecutionContext, error: SsmdError) -> None:
+    """Keep where an error came from for those who look for it: its words say what is wrong and what to do."""
+    context.log.debug("".join(traceback.format_exception(error)))
 
 
 def _log_progress(context: dg.OpExecutionContext, progress: Progress) -> None:
@@ -281,13 +304,8 @@ def _metadata(context: dg.OpExecutionContext, attempt: Attempt, seen: list[Progr
             f"{day.date} is over: this replays it and leaves it ACTIVE. {replaying} replays and ends it."
         )
     if attempt.already or day.state in (DayState.ACTIVE, DayState.COMPLETE):
-        condition = f", {day.condition}" if day.condition else ""
-        context.instance.add_run_tags(
-            context.run_id,
-            {"ssmd/result": f"{day.date} {'was' if attempt.already else 'is'} {day.state}{condition}"[:250]},
-        )
+        _tell_result(context, day.date, _state(day, already=attempt.already))
     if attempt.already:
-        context.log.info(f"{day.date} is {day.state.value} already; nothing is done")
         metadata["already"] = dg.MetadataValue.bool(True)
     metadata |= {
         progress.title: dg.MetadataValue.text(progress.detail)

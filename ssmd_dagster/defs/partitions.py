@@ -2,8 +2,7 @@
 
 Dagster counts dates by the host's clock. The days of a simulated environment follow its exchange's clock, which can be
 shifted: then a key that Dagster offers need not be a day that the environment has (the first op refuses it and names
-today), and its schedules fire by the host's clock. Which instants belong to a day is the calendar's business, not this
-module's.
+today). Which instants belong to a day is the calendar's business, not this module's.
 """
 
 from __future__ import annotations

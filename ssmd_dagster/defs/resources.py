@@ -254,6 +254,13 @@ class DayDesk(dg.ConfigurableResource):  # type: ignore[type-arg] # it is its ow
     def yield_for_execution(self, context: dg.InitResourceContext) -> Iterator[DayDesk]:
         """Open the session of a run and close it, also where the run fails or is cancelled."""
         assert context.run is not None, "a run has an id"
+        meant = context.run.tags.get("ssmd/environment", self.environment)
+        if meant != self.environment:  # the launchpad lets anybody write another one; queue and sensors go by the tag
+            raise dg.Failure(
+                description=f"This is a job of {meant}, but its configuration names {self.environment}. Launch "
+                f"the job of {self.environment} for that, or leave the configuration as it is.",
+                allow_retries=False,
+            )
         self._session = DaySession(self.environment, context.run.run_id, rolls=self.rolls)
         try:
             yield self

@@ -5,9 +5,8 @@ changes of the clocks too. With `auto_roll` it rolls, and fires two minutes befo
 start is the fallback of the roll: it finds the day ACTIVE and does nothing. They run once their code is loaded, until
 somebody switches one off in the UI.
 
-Schedules fire by the host's clock, also those of a simulated environment, whose days follow its exchange's clock: where
-that is shifted, the run's first op refuses a day that is not one and names today. Correctness never rests on a tick:
-Dagster makes up for the latest of several missed ones only.
+Schedules fire by the host's clock. Where a simulated exchange's clock is moved, they do nothing, and a sensor fires by that
+clock (`moved`). Correctness never rests on a tick: Dagster makes up for the latest of several missed ones only.
 """
 
 from __future__ import annotations
@@ -15,20 +14,23 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from datetime import date, datetime, timedelta
 from functools import partial
+from typing import NamedTuple
 
 import dagster as dg
 
-from ssmd_dagster.day.calendar import TradingCalendar, parse_time
+from ssmd_dagster.day.calendar import TradingCalendar, Window, parse_time
 from ssmd_dagster.day.events import Book
+from ssmd_dagster.day.maintenance import window_at
 from ssmd_dagster.day.reconcile import PAUSED_BY
 from ssmd_dagster.day.states import DayState
+from ssmd_dagster.defs.moved import is_moved
 from ssmd_dagster.defs.watch import Watch
 from ssmd_dagster.environments.models import Environment
 from ssmd_dagster.workflows.desk import Desk
 from ssmd_dagster.workflows.roll import LEAD_S
 
 LOOK_TIMEOUT_S = 5.0
-"""How long a tick waits to learn whether somebody has paused the environment."""
+"""How long a tick waits to learn whether somebody has paused the environment, or its exchange announced maintenance."""
 
 _DateOf = Callable[[TradingCalendar, datetime], date]
 
@@ -78,22 +80,40 @@ def _ns(at: datetime) -> int:
     return int(at.timestamp()) * 1_000_000_000
 
 
-async def _book(desk: Desk) -> Book:
-    return await desk.book.refresh()
+class _Seen(NamedTuple):
+    """The environment's days, whether its clock is not the host's, and the announced maintenance that is on."""
+
+    book: Book
+    moved: bool
+    maintenance: Window | None
 
 
-def _seen(environment: Environment, watch: Watch) -> Book | None:
-    """Return the environment's days; None where its servers do not answer."""
-    return watch.look([environment.name], _book, actor="schedule", timeout_s=LOOK_TIMEOUT_S)[environment.name].value
+async def _look(desk: Desk) -> _Seen:
+    clock = desk.setting.clock
+    maintenance = window_at(await desk.stores.cache.maintenance(), clock())
+    return _Seen(await desk.book.refresh(), is_moved(clock), maintenance)
 
 
-def _paused(environment: Environment, book: Book | None) -> str | None:
-    """Say who has paused the environment, None where nobody has or nobody knows: then the run itself finds out."""
-    if book is None or book.paused is None:
+def _seen(environment: Environment, watch: Watch) -> _Seen | None:
+    """Look at the environment; None where its servers do not answer."""
+    return watch.look([environment.name], _look, actor="schedule", timeout_s=LOOK_TIMEOUT_S)[environment.name].value
+
+
+def _paused(environment: Environment, book: Book) -> str | None:
+    """Say who has paused the environment, None where nobody has."""
+    if book.paused is None:
         return None
     since = environment.calendar().local(book.paused.since_ns).isoformat()
     because = f": {book.paused.reason}" if book.paused.reason else ""
     return f"{environment.name} is {PAUSED_BY} {book.paused.actor} since {since}{because}"
+
+
+def _maintained(environment: Environment, seen: _Seen) -> str | None:
+    """Say until when the exchange is in announced maintenance, None where it is in none."""
+    if seen.maintenance is None:
+        return None
+    until = environment.calendar().local(seen.maintenance.close_ns).isoformat()
+    return f"the exchange of {environment.name} is in announced maintenance until {until}"
 
 
 def _sync(environment: Environment, watch: Watch, job: dg.JobDefinition) -> dg.ScheduleDefinition:
@@ -106,14 +126,17 @@ def _sync(environment: Environment, watch: Watch, job: dg.JobDefinition) -> dg.S
         description="Brings new markets in every five minutes while a day is ACTIVE.",
     )
     def tick(context: dg.ScheduleEvaluationContext) -> dg.RunRequest | dg.SkipReason:
-        book = _seen(environment, watch)
-        if book is None:
+        seen = _seen(environment, watch)
+        if seen is None:
             return dg.SkipReason(f"{environment.name} cannot be looked at; see `ssmd day status {environment.name}`")
+        book = seen.book
         if (paused := _paused(environment, book)) is not None:
             return dg.SkipReason(paused)
         day = book.days.get(book.current or "")
         if day is None or day.state is not DayState.ACTIVE:
             return dg.SkipReason(f"no day of {environment.name} is ACTIVE")
+        if (maintained := _maintained(environment, seen)) is not None:
+            return dg.SkipReason(maintained)
         return dg.RunRequest(run_key=f"{context.scheduled_execution_time.timestamp():.0f}", partition_key=day.date)
 
     return tick
@@ -136,8 +159,14 @@ def _daily(
         day = date_of(calendar, context.scheduled_execution_time)
         if day < calendar.first_day:
             return dg.SkipReason(f"{day} is before the first day of {environment.name}, {calendar.first_day}")
-        if (paused := _paused(environment, _seen(environment, watch))) is not None:
+        seen = _seen(environment, watch)  # where nobody answers the run itself finds out why
+        if seen is not None and seen.moved:
+            return dg.SkipReason(f"the clock of {environment.name} is moved; the sensor `moved_clocks` fires by it")
+        if seen is not None and (paused := _paused(environment, seen.book)) is not None:
             return dg.SkipReason(paused)
+        ends = job.name.endswith("_end_day")  # it needs no connection
+        if seen is not None and not ends and (maintained := _maintained(environment, seen)) is not None:
+            return dg.SkipReason(f"{maintained}; reconcile asks for the run after it")
         return dg.RunRequest(run_key=f"{job.name}:{day}", partition_key=day.isoformat())
 
     return tick

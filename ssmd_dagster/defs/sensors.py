@@ -4,6 +4,7 @@
 * `health`: an ACTIVE day in trouble becomes ERROR, and its recovery is asked for.
 * `reconcile`: the days that should exist against the journal: starts, rolls, ends and replays what is not as it should be.
 * `failed_runs`, `cancelled_runs`: what a run that was killed could not say itself.
+* `moved_clocks`: the schedules of simulated environments whose clock is not the host's; see `moved`.
 
 A sensor's cursor is JSON by environment, so that trouble in one leaves the others' place alone. An environment that cannot be
 looked at is named in the tick's message, and told to the alerts once.
@@ -22,6 +23,7 @@ from ssmd_dagster.day.reconcile import Ask, Plan, Run, permission
 from ssmd_dagster.day.states import EventName
 from ssmd_dagster.defs.assets import is_complete, is_shown, materialisations, observation
 from ssmd_dagster.defs.checks import evaluations
+from ssmd_dagster.defs.moved import moved_clocks_sensor
 from ssmd_dagster.defs.watch import Found, Watch
 from ssmd_dagster.environments.models import Environment
 from ssmd_dagster.errors import SsmdError
@@ -62,6 +64,8 @@ def sensors_of(
     if acting:
         sensors.append(_health_sensor(acting, jobs, watch))
         sensors.append(_reconcile_sensor(acting, jobs, watch, targets))
+    if simulated := {name: environment for name, environment in acting.items() if environment.simulator is not None}:
+        sensors.append(moved_clocks_sensor(simulated, jobs, watch))
     if environments:
         sensors += _run_sensors(environments, watch)
     return sensors
@@ -233,6 +237,7 @@ def _reconcile_sensor(
                 said.append(f"{name} is {made.paused}")
                 continue
             said += [f"{name} {entry.date}: {entry.reason}" for entry in made.missed]
+            said += [f"{name}: {text}" for text in made.waiting]
             said += [f"{name} {flag.date} is {flag.kind}: {flag.cause} ({flag.command})" for flag in made.flags]
             _tell(name, made, told, targets[name])
             for ask in made.asks:
@@ -352,10 +357,12 @@ def _in_the_way(instance: dg.DagsterInstance, environment: Environment, ask: Ask
 
 
 def _said(text: str, found: Mapping[str, Found[Any]], environments: Environments) -> dg.SkipReason:
-    """Return the tick's message: what was found, and which environments could not be looked at."""
+    """Return the tick's message: which environments could not be looked at, and what was found in the others."""
     troubles = [
         f"{name} cannot be looked at: {answer.error}"
         for name, answer in found.items()
         if answer.error is not None and environments[name].enabled
     ]
-    return dg.SkipReason("; ".join([*troubles, text]))
+    if any(answer.error is None for answer in found.values()):
+        troubles.append(text)
+    return dg.SkipReason("; ".join(troubles) or text)

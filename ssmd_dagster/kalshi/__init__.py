@@ -6,14 +6,17 @@ Not for anything that another exchange would share: see `ssmd_dagster.exchange` 
 from __future__ import annotations
 
 import random
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from ssmd_dagster.clock import Clock
 from ssmd_dagster.exchange import ExchangeSettings
-from ssmd_dagster.kalshi.client import Kalshi
 
-__all__ = ["Kalshi", "market_of", "open_exchange"]
+if TYPE_CHECKING:
+    from ssmd_dagster.kalshi.client import Kalshi
+
+__all__ = ["market_of", "open_exchange"]
 
 
 class _Message(msgspec.Struct, gc=False):
@@ -38,4 +41,6 @@ def market_of(frame: msgspec.Raw) -> str | None:
 
 def open_exchange(settings: ExchangeSettings, clock: Clock) -> Kalshi:
     """Open Kalshi. Call inside a running event loop; no request is made. Raises `ConfigurationError` for a bad key."""
+    from ssmd_dagster.kalshi.client import Kalshi  # here: who only reads messages needs no HTTP client
+
     return Kalshi(settings, clock, rng=random.Random())

@@ -129,6 +129,10 @@ class Kalshi:
         """Ask where the live part of the REST ends; it advances."""
         return await read_cutoff(self.rest)
 
+    async def maintenance(self) -> Sequence[tuple[int, int]]:
+        """Ask for the announced maintenance, in order."""
+        return (await self.schedule()).maintenance()
+
     async def schedule(self) -> Schedule:
         """Ask for the exchange's trading hours and announced maintenance."""
         return await read_schedule(self.rest)

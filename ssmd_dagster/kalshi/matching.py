@@ -5,13 +5,14 @@ Not for prices and counts: see `wire.read_trade`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 
 import msgspec
 
 from ssmd_dagster.kalshi.scaled import milliseconds_ns, rfc3339_ns, seconds_ns
 
 _TRADE = "trade"
+_PLAIN_LENGTH = 27
 
 
 class TradeKey(msgspec.Struct, frozen=True, gc=False):
@@ -70,16 +71,32 @@ def trade_key(frame: bytes | msgspec.Raw, recv_ns: int) -> TradeKey | None:
     return TradeKey(message.trade_id, message.market_ticker, event_ns)
 
 
-def row_keys(rows: bytes) -> list[TradeKey]:
-    """Return the trades of a JSON array of REST's rows. Raises `msgspec.DecodeError` or `ValueError` for anything else."""
-    return [TradeKey(row.trade_id, row.ticker, rfc3339_ns(row.created_time)) for row in _decode_rows(rows)]
+def row_ids(rows: bytes, open_ns: int, close_ns: int) -> tuple[list[str], list[bool]]:
+    """Return the ids of a JSON array of REST's rows, and which of them are of `[open_ns, close_ns)`.
+
+    Raises `msgspec.DecodeError` or `ValueError` for anything else.
+    """
+    read = _decode_rows(rows)
+    times = [row.created_time for row in read]
+    if all(len(text) == _PLAIN_LENGTH and text[-1] == "Z" for text in times):
+        # Times of one and the same form sort as text does.
+        first, end = _plain(open_ns), _plain(close_ns)
+        inside = [first <= text < end for text in times]
+    else:
+        inside = [open_ns <= rfc3339_ns(text) < close_ns for text in times]
+    return [row.trade_id for row in read], inside
 
 
-def page_keys(frame: bytes | msgspec.Raw) -> Iterator[TradeKey]:
-    """Yield the trades of a recorded page, `{"type":"rest_trades","msg":{"trades":[…]}}`; nothing for any other frame."""
+def page_ids(frame: bytes | msgspec.Raw) -> tuple[list[str], set[str]]:
+    """Return ids and markets of a recorded page, `{"type":"rest_trades","msg":{"trades":[…]}}`; nothing for another frame."""
     try:
-        page = _decode_page(frame)
+        rows = _decode_page(frame).msg.trades
     except (msgspec.DecodeError, UnicodeDecodeError):
-        return
-    for row in page.msg.trades:
-        yield TradeKey(row.trade_id, row.ticker, rfc3339_ns(row.created_time))
+        return [], set()
+    return [row.trade_id for row in rows], {row.ticker for row in rows}
+
+
+def _plain(at_ns: int) -> str:
+    """Return the first microsecond that is not before `at_ns`, in the form of the list's times."""
+    at = datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=-(-at_ns // 1_000))
+    return f"{at:%Y-%m-%dT%H:%M:%S.%f}Z"

@@ -31,6 +31,8 @@ _MAX_ATTEMPTS_RATE_LIMITED = 10
 _MAX_BODY_BYTES = 256 * 1024 * 1024
 _CHUNK_BYTES = 1 << 20
 _MAX_CONNECTIONS = 16
+_BUFFER_BYTES = 1 << 20
+"""A page of trades fits: with aiohttp's 64 KiB the socket is stopped and started again several times a page."""
 
 T = TypeVar("T")
 
@@ -84,6 +86,7 @@ class RestClient:
         self._bucket = TokenBucket(settings.rate_limit_per_second, asyncio.get_running_loop().time, sleep)
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=_MAX_CONNECTIONS),
+            read_bufsize=_BUFFER_BYTES,
             timeout=_ATTEMPT_TIMEOUT,
             headers={"Accept": "application/json"},
             cookie_jar=aiohttp.DummyCookieJar(),

@@ -8,7 +8,7 @@ records, connections or files.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from types import MappingProxyType
 from typing import Any
@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.json
 
 from ssmd_dagster.exchange import Columns, ReadMessage, Row, UnknownKey
 from ssmd_dagster.kalshi import wire
@@ -69,6 +70,31 @@ _MESSAGES: Mapping[str, pa.StructType] = MappingProxyType(
     }
 )  # fmt: skip
 
+_TRADE_ROW = pa.schema(
+    dict.fromkeys(
+        (
+            "trade_id", "ticker", "yes_price_dollars", "no_price_dollars", "count_fp", "taker_side", "taker_outcome_side",
+            "taker_book_side", "created_time",
+        ),
+        _TEXT,
+    ) | {"is_block_trade": _BOOL}
+)  # fmt: skip
+"""A row of REST's list of trades, of today's shape."""
+
+
+class _Page(msgspec.Struct, gc=False):
+    trades: list[msgspec.Raw] = []
+    markets: list[msgspec.Raw] = []
+
+
+class _Paged(msgspec.Struct, gc=False):
+    type: str
+    msg: _Page
+
+
+_decode_page = msgspec.json.Decoder(_Page).decode
+_decode_paged = msgspec.json.Decoder(_Paged).decode
+
 
 class KalshiRows:
     """The `RowReader` of Kalshi."""
@@ -97,6 +123,40 @@ class KalshiRows:
         ok &= fine
         columns["ticker"] = inner["market_ticker"]
         return Columns(wire_table(channel), columns, ok, tuple(_unknown(channel, kinds, outer, inner)))
+
+    def pages(self, messages: Sequence[bytes]) -> tuple[Columns, list[int]] | None:
+        """Read pages of trades as a whole; see `exchange.RowReader`."""
+        try:
+            pages = [_decode_paged(message) for message in messages]
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            return None
+        if any(page.type != "rest_trades" or page.msg.markets for page in pages):
+            return None
+        rows = b"\n".join([row for page in pages for row in page.msg.trades]) + b"\n"
+        counts = [len(page.msg.trades) for page in pages]
+        if not rows.isascii():
+            return None
+        try:
+            parsed = pyarrow.json.read_json(
+                pa.BufferReader(rows),
+                read_options=pyarrow.json.ReadOptions(use_threads=False, block_size=len(rows) + 1),
+                parse_options=pyarrow.json.ParseOptions(
+                    explicit_schema=_TRADE_ROW, newlines_in_values=False, unexpected_field_behavior="error"
+                ),
+            )
+        except pa.ArrowException:
+            return None
+        if not parsed.num_rows or parsed.num_rows != sum(counts):
+            return None
+        batch = parsed.combine_chunks().to_batches()[0]
+        row = dict(zip(batch.schema.names, batch.columns, strict=True))
+        columns, ok = _trade_columns(row)
+        columns["event_ns"], fine = _times(row["created_time"])
+        columns["ticker"] = row["ticker"]
+        columns |= {name: pa.nulls(sum(counts), pa.int64()) for name in ("sid", "seq", "sent_ns")}
+        if not (ok & fine & _filled(row["ticker"]) & _filled(row["created_time"])).all():
+            return None
+        return Columns("trade", columns, ok, ()), counts
 
     def rows(self, message: bytes) -> ReadMessage:
         """Read one message, of whatever era; see `exchange.RowReader`."""
@@ -478,14 +538,6 @@ def _detail(**values: Any) -> str | None:
     return (
         json.dumps(stated, separators=(",", ":"), sort_keys=True, ensure_ascii=False, default=str) if stated else None
     )
-
-
-class _Page(msgspec.Struct):
-    trades: list[msgspec.Raw] = []
-    markets: list[msgspec.Raw] = []
-
-
-_decode_page = msgspec.json.Decoder(_Page).decode
 
 
 def _rest(kind: str, msg: msgspec.Raw) -> ReadMessage:

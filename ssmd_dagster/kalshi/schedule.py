@@ -63,12 +63,17 @@ class Schedule(msgspec.Struct, frozen=True):
     standard_hours: tuple[Week, ...] = ()
     maintenance_windows: tuple[Maintenance, ...] = ()
 
+    def maintenance(self) -> list[Interval]:
+        """Return the announced maintenance, in order and apart from each other."""
+        announced = ((rfc3339_ns(one.start_datetime), rfc3339_ns(one.end_datetime)) for one in self.maintenance_windows)
+        return _joined(one for one in announced if one[0] < one[1])
+
     def closed(self, from_ns: int, to_ns: int) -> list[Interval]:
         """Return the intervals of `[from_ns, to_ns)` without trading, in order and apart from each other.
 
         Weekly hours count while they are valid; where no week is valid nothing is known, and nothing closed.
         """
-        closed = [(rfc3339_ns(one.start_datetime), rfc3339_ns(one.end_datetime)) for one in self.maintenance_windows]
+        closed = self.maintenance()
         for week in self.standard_hours:
             valid = _clip((rfc3339_ns(week.start_time), rfc3339_ns(week.end_time)), (from_ns, to_ns))
             if valid is not None:

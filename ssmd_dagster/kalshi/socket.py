@@ -55,6 +55,8 @@ BOOK_CHANNELS = frozenset({"orderbook_delta"})
 _NEEDS_TICKERS = BOOK_CHANNELS
 _LOOKED_AT = NEWS_TYPES | {"error"}
 _MAX_RETRY_AFTER_S = 300.0
+_TEXT = WSMsgType.TEXT
+"""Reading a member of an enum costs as much as copying the payload."""
 
 _decode_envelope = msgspec.json.Decoder(Envelope).decode
 
@@ -115,7 +117,7 @@ class KalshiConnection(WSListener):
         """Take a frame off the socket."""
         recv_ns = self._clock()
         kind = frame.msg_type
-        if kind is WSMsgType.TEXT and frame.fin and not self._fragments:
+        if kind is _TEXT and frame.fin and not self._fragments:
             payload = frame.get_payload_as_bytes()
             envelope = read_envelope(payload)
             self._sink.on_frame(recv_ns, payload, envelope)

@@ -20,6 +20,7 @@ from ssmd_dagster.simulator.frames import (
     lifecycle_created,
     ticker_tail,
 )
+from ssmd_dagster.simulator.maintenance import Maintenance
 from ssmd_dagster.simulator.playback import Recording
 from ssmd_dagster.simulator.session import (
     BOOK,
@@ -79,6 +80,7 @@ class Engine:
         self.connections: dict[int, Connection] = {}
         self.everything: dict[str, list[Subscription]] = {channel: [] for channel in CHANNELS}
         self.faults = Faults(self)
+        self.maintenance = Maintenance()
         self.messages = 0
         self.paused = False
         self._index_ticks: dict[str, int] = {}
@@ -121,9 +123,14 @@ class Engine:
             self._show_all()
         self._tell_indices(now_ns // 1_000_000)
         before = self.paused
-        self.paused = self.pauses and catalog.paused_until_s(now_ns // catalog.SECOND_NS) is not None
+        now_s = now_ns // catalog.SECOND_NS
+        maintained = self.maintenance.at(now_s) is not None
+        self.paused = maintained or (self.pauses and catalog.paused_until_s(now_s) is not None)
         self._flush()
-        if self.paused and not before:
+        if maintained:
+            for connection in list(self.connections.values()):
+                connection.close()
+        elif self.paused and not before:
             self._drop_sessions()
 
     def _drop_sessions(self) -> None:

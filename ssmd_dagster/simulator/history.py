@@ -105,21 +105,10 @@ class History:
         self, low_us: int, high_us: int, below: Position | None, ticker: str | None
     ) -> Iterator[tuple[int, bytes, Position]]:
         """Yield `(time, row, position)` of the trades in the inclusive interval, from the newest below `below` down."""
-        for span_low, span_high in reversed(self.spans):
-            low, high = max(low_us, span_low * _MICROS), min(high_us, span_high * _MICROS - 1)
-            if low > high:
-                continue
-            last = high // _MICROS // self.block_s
-            if below is not None:
-                last = min(last, below[0])
-            for number in range(last, low // _MICROS // self.block_s - 1, -1):
-                block = self.block(number)
-                start, end = bisect_left(block.times_us, low), bisect_right(block.times_us, high)
-                if below is not None and below[0] == number:
-                    end = min(end, below[1])
-                for index in range(end - 1, start - 1, -1):
-                    if ticker is None or block.tickers[index] == ticker:
-                        yield block.times_us[index], block.rows[index], (number, index)
+        for number, block, start, end in self._parts(low_us, high_us, below):
+            for index in range(end - 1, start - 1, -1):
+                if ticker is None or block.tickers[index] == ticker:
+                    yield block.times_us[index], block.rows[index], (number, index)
 
     def page(
         self, low_us: int, high_us: int, below: Position | None, limit: int
@@ -130,6 +119,20 @@ class History:
         """
         rows: list[bytes] = []
         last_position: Position | None = None
+        for number, block, start, end in self._parts(low_us, high_us, below):
+            if len(rows) == limit:
+                return rows, last_position
+            begin = max(start, end - (limit - len(rows)))
+            part = block.rows[begin:end]
+            part.reverse()
+            rows += part
+            last_position = number, begin
+            if begin > start:
+                return rows, last_position
+        return rows, None
+
+    def _parts(self, low_us: int, high_us: int, below: Position | None) -> Iterator[tuple[int, Block, int, int]]:
+        """Yield the blocks of an inclusive interval below `below`, the newest first, with the indices that lie in it."""
         for span_low, span_high in reversed(self.spans):
             low, high = max(low_us, span_low * _MICROS), min(high_us, span_high * _MICROS - 1)
             if low > high:
@@ -142,18 +145,8 @@ class History:
                 start, end = bisect_left(block.times_us, low), bisect_right(block.times_us, high)
                 if below is not None and below[0] == number:
                     end = min(end, below[1])
-                if end <= start:
-                    continue
-                if len(rows) == limit:
-                    return rows, last_position
-                begin = max(start, end - (limit - len(rows)))
-                part = block.rows[begin:end]
-                part.reverse()
-                rows += part
-                last_position = number, begin
-                if begin > start:
-                    return rows, last_position
-        return rows, None
+                if start < end:
+                    yield number, block, start, end
 
     def block(self, number: int) -> Block:
         """Return a block's trades, made anew where they are not kept."""
@@ -177,7 +170,6 @@ class History:
         rng = random.Random(f"{self._world.seed}/history/{self.trades_per_day}/{number}")
         count = round(self.trades_per_day * self.block_s / DAY_S * rng.uniform(0.6, 1.4)) if markets else 0
         digest = hashlib.blake2b(f"{self._world.seed}/past/{start_s}".encode(), digest_size=10).hexdigest()
-        head = f'{{"trade_id":"{digest[:8]}-{digest[8:12]}-4{digest[12:15]}-8{digest[15:18]}-'.encode()
         span_us = self.block_s * _MICROS
         offsets = sorted([int(rng.random() * span_us) for _ in range(count)])
         chosen = rng.choices(markets, cum_weights=weights, k=count)
@@ -185,16 +177,21 @@ class History:
         day, second = divmod(start_s, DAY_S)
         on = datetime.fromtimestamp(day * DAY_S, UTC).strftime("%Y-%m-%dT").encode()
         seconds = [on + text for text in _clock_times()[second : second + self.block_s]]
-        rows, tickers = [], []
-        for index, (offset, (ticker, named, prints), pick) in enumerate(zip(offsets, chosen, picks, strict=True)):
-            fields = prints[int(pick * len(prints))]
-            if pick < _BLOCK_TRADES:
-                fields = fields.replace(b'"is_block_trade":false', b'"is_block_trade":true')
-            rows.append(
-                b'%b%012x","ticker":"%b",%b,"created_time":"%b%06dZ"}'
-                % (head, index, named, fields, seconds[offset // _MICROS], offset % _MICROS)
-            )
-            tickers.append(ticker)
+        names = [named for _, named, _ in chosen]
+        fields = [
+            prints[int(pick * len(prints))]
+            if pick >= _BLOCK_TRADES
+            else prints[int(pick * len(prints))].replace(b'"is_block_trade":false', b'"is_block_trade":true')
+            for (_, _, prints), pick in zip(chosen, picks, strict=True)
+        ]
+        row = (
+            f'{{"trade_id":"{digest[:8]}-{digest[8:12]}-4{digest[12:15]}-8{digest[15:18]}-%012x%b%b%b%06dZ"}}'.encode()
+        )
+        times = [seconds[offset // _MICROS] for offset in offsets]
+        micros = [offset % _MICROS for offset in offsets]
+        # `map` over the format itself: most of what a past day costs is this line.
+        rows = list(map(row.__mod__, zip(range(count), names, fields, times, micros, strict=True)))
+        tickers = [ticker for ticker, _, _ in chosen]
         base_us = start_s * _MICROS
         return Block([base_us + offset for offset in offsets], rows, tickers)
 
@@ -210,7 +207,8 @@ class History:
                 if plan.open_s <= from_s and plan.ends_s >= to_s:
                     for market in markets:
                         rank += 1
-                        found.append((market.ticker, market.ticker.encode(), self._prints_of(series, market)))
+                        named = f'","ticker":"{market.ticker}",'.encode()
+                        found.append((market.ticker, named, self._prints_of(series, market)))
                         weights.append(1 / rank)
         return found, list(accumulate(weights))
 
@@ -324,7 +322,8 @@ def _clock_times() -> list[bytes]:
 
 
 def _prints(tape: Tape) -> list[bytes]:
-    return [fields for _, _, _, fields, _ in tape.hot if fields]
+    """Return what rows say between their market and the digits of their time."""
+    return [fields + b',"created_time":"' for _, _, _, fields, _ in tape.hot if fields]
 
 
 @lru_cache(maxsize=8)

@@ -159,8 +159,9 @@ class Simulator:
         if path != WS_PATH:
             return None
         fault = self.engine.faults.over_http(("refuse_handshake",), "")
-        if fault is not None:
-            status = HTTPStatus(fault.order.status)
+        maintained = self.engine.maintenance.at(self.engine.clock() // SECOND_NS) is not None
+        if fault is not None or maintained:
+            status = HTTPStatus(fault.order.status if fault is not None else HTTPStatus.SERVICE_UNAVAILABLE)
             response = WSUpgradeResponse.create_error_response(
                 status, compact({"code": "refused", "message": status.phrase})
             )

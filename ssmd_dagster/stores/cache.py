@@ -6,7 +6,7 @@ that a Redis which cannot be reached counts as a held lease is the caller's rule
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
@@ -15,6 +15,7 @@ import msgspec
 import redis.asyncio
 import redis.exceptions
 
+from ssmd_dagster.day.calendar import Window
 from ssmd_dagster.day.events import Book, TradingDay
 from ssmd_dagster.day.states import DayState
 from ssmd_dagster.errors import ConfigurationError, SsmdError, UnreachableError
@@ -148,7 +149,7 @@ def rfc3339(at_ns: int) -> str:
 
 
 class DayCache:
-    """The keys `{env}:day:…` and `{env}:capture:…` of one environment.
+    """The keys `{env}:day:…`, `{env}:capture:…` and `{env}:maintenance` of one environment.
 
     Every method raises UnreachableError when Redis does not answer, ConfigurationError when it refuses the password.
     """
@@ -157,6 +158,7 @@ class DayCache:
         self._redis = client
         self._days = f"{env}:day:"
         self._capture = f"{env}:capture:"
+        self._maintenance = f"{env}:maintenance"
         self._apply = client.register_script(_APPLY)
         self._acquire = client.register_script(_ACQUIRE)
         self._renew = client.register_script(_RENEW)
@@ -250,6 +252,17 @@ class DayCache:
         """Take a component's heartbeat away, as one that ends in order does."""
         with redis_errors(self._redis):
             await self._redis.delete(f"{self._capture}{date}:{component}")
+
+    async def put_maintenance(self, windows: Sequence[Window]) -> None:
+        """Write what the exchange has announced of its maintenance."""
+        with redis_errors(self._redis):
+            await self._redis.set(self._maintenance, msgspec.json.encode(windows))
+
+    async def maintenance(self) -> tuple[Window, ...]:
+        """Return what the exchange has announced of its maintenance, as far as anybody has asked."""
+        with redis_errors(self._redis):
+            value = await self._redis.get(self._maintenance)
+        return () if value is None else msgspec.json.decode(value, type=tuple[Window, ...])
 
     async def acquire(self, date: str, owner: str, ttl_s: float = LEASE_TTL_S) -> bool:
         """Take or renew the lease of a day; False if somebody else has it."""

@@ -10,9 +10,10 @@ import asyncio
 from collections.abc import Sequence
 from typing import NamedTuple, Self
 
+import nats.js.errors
 from nats.js import JetStreamContext, api
 
-from ssmd_dagster.errors import SsmdError, UnreachableError
+from ssmd_dagster.errors import NotFoundError, SsmdError, UnreachableError
 from ssmd_dagster.stores.jetstream import (
     Publisher,
     StreamMessage,
@@ -152,6 +153,20 @@ class RawStream:
                 read = map(_raw_batch, messages)
                 found.update((batch.id, batch.records) for batch in read if batch.id.batch != NO_BATCH)
         return found
+
+    async def newest(self, date: str, channel: str) -> bytes:
+        """Return the batch of a day's channel that was stored last.
+
+        Raises:
+            UnreachableError: NATS does not answer.
+            NotFoundError: There is none, or no stream.
+        """
+        with nats_errors(self._js, f"reading stream {self.stream}"):
+            try:
+                message = await self._js.get_last_msg(self.stream, self.subject(date, channel))
+            except nats.js.errors.NotFoundError as error:
+                raise NotFoundError(f"no batch of {channel} on {date}", where=self.stream) from error
+        return message.data or b""
 
     def consume(self, date: str) -> RawConsumer:
         """Return a consumer of all batches of a day from the first one on, in stream order."""

@@ -65,9 +65,8 @@ def of_event(event: DayEvent, day: TradingDay | None) -> Alert | None:
         return None
     env, date = event.env, event.date
     if event.to is DayState.FAILED:
-        verb = _next_verb(day)
         cause = f"{event.event} at {day.failed_step}: {day.error}" if day.failed_step else f"{event.event}: {day.error}"
-        return Alert(env=env, date=date, kind="failed", cause=cause, command=f"ssmd day {verb} {env} --date {date}")
+        return Alert(env=env, date=date, kind="failed", cause=cause, command=_next_command(event, day))
     if event.to is DayState.ERROR:
         command = f"ssmd day recover {env} --date {date}"
         return Alert(env=env, date=date, kind="error", cause=day.error or "ERROR", command=command)
@@ -88,5 +87,7 @@ def blind(env: str, sensor: str, cause: str, command: str) -> Alert:
     return Alert(env=env, date=None, kind="blind", cause=f"{sensor}: {cause}", command=command)
 
 
-def _next_verb(day: TradingDay) -> str:
-    return "end" if day.ever_active else "start"
+def _next_command(event: DayEvent, day: TradingDay) -> str:
+    if event.event is EventName.MISSED:  # it is over: a start would replay it and leave it ACTIVE
+        return f"ssmd day backfill {event.env} --from {event.date} --to {event.date}"
+    return f"ssmd day {'end' if day.ever_active else 'start'} {event.env} --date {event.date}"

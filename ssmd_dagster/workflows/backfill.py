@@ -16,6 +16,7 @@ from typing import Literal
 
 import msgspec
 
+from ssmd_dagster.capture.process import give_way
 from ssmd_dagster.capture.setting import Setting
 from ssmd_dagster.day.events import TradingDay
 from ssmd_dagster.day.states import DayState
@@ -67,8 +68,10 @@ OnDay = Callable[[DayResult, Tally], None]
 async def replay_day(desk: Desk, date: str, *, share: int = 1, reason: str | None = None) -> TradingDay:
     """Start a day in replay mode and end it; one that is COMPLETE already is returned as it is.
 
-    An attempt that was cut off goes on where it was. Progress goes to the desk's report. Raises what a start or an end raises.
+    An attempt that was cut off goes on where it was. Progress goes to the desk's report. From here on the calling thread, and
+    what it starts, gives way to whatever else wants the CPU. Raises what a start or an end raises.
     """
+    give_way()
     await create_streams(desk)
     day = await desk.book.day(date)
     if day is not None and day.state is DayState.COMPLETE and (day.sealed is not None or day.forced_by is not None):

@@ -1,37 +1,51 @@
-"""The pictures of a finished day, from the tables in the store: messages a minute, coverage, lateness, markets.
+"""The pictures of a finished day: messages a minute, coverage, lateness, markets.
 
-Bounded: of a day whose tables are larger than `MOST_BYTES` only the coverage is drawn; `ssmd day report` draws everything.
+They are drawn from the figures that the normaliser left beside the tables, and from the coverage: little, however large the
+day. A day normalised before there were figures has its coverage drawn alone; `ssmd day report` draws everything.
 """
 
 from __future__ import annotations
 
 import asyncio
-import io
-from typing import Any
+import re
 
+from ssmd_dagster.archive.layout import table_prefix
+from ssmd_dagster.day.calendar import Window
 from ssmd_dagster.day.events import TradingDay
 from ssmd_dagster.errors import SsmdError
 from ssmd_dagster.workflows.desk import Desk
 from ssmd_dagster.workflows.holdings import Holdings
 
 MOST_BYTES = 64 * 1024 * 1024
-COVERAGE = "coverage"
+"""A coverage or figures larger than this are left out: a sensor draws, and it has seconds."""
+_REVISION = re.compile(r"/data(?:\.r(?P<revision>[0-9]+))?\.json\Z")
 
 
 async def draw(desk: Desk, day: TradingDay, held: Holdings) -> dict[str, str]:
     """Return a day's pictures as SVG by name (`messages`, `coverage`, `latency`, `markets`); none where the store is away."""
-    size = sum(holding.size for holding in held.tables.values())
-    wanted = [table for table in held.newest if size <= MOST_BYTES or table == COVERAGE]
     try:
-        files = {table: await desk.stores.normalized.get(held.newest[table]) for table in wanted}
+        findings = await _findings(desk, day.date)
+        coverage = await _small(desk, held.newest.get("coverage"))
     except SsmdError:
         return {}
-    return await asyncio.to_thread(_drawn, desk.window(day), files) if files else {}
+    return await asyncio.to_thread(_drawn, desk.window(day), findings, coverage)
 
 
-def _drawn(window: Any, files: dict[str, bytes]) -> dict[str, str]:
-    import pyarrow.parquet as pq
+async def _findings(desk: Desk, date: str) -> bytes | None:
+    found: dict[int, str] = {}
+    for info in await desk.stores.normalized.list(table_prefix(desk.setting.env.feed, "drift", date)):
+        if (match := _REVISION.search(info.key)) is not None:
+            found[int(match["revision"] or 1)] = info.key
+    return await _small(desk, found[max(found)] if found else None)
 
-    from ssmd_dagster.archive.report import pictures
 
-    return pictures(window, {table: pq.read_table(io.BytesIO(data)) for table, data in files.items()})
+async def _small(desk: Desk, key: str | None) -> bytes | None:
+    if key is None or await desk.stores.normalized.head(key) > MOST_BYTES:
+        return None
+    return await desk.stores.normalized.get(key)
+
+
+def _drawn(window: Window, findings: bytes | None, coverage: bytes | None) -> dict[str, str]:
+    from ssmd_dagster.archive.report import pictures  # pyarrow: not for those who only load the definitions
+
+    return pictures(window, findings, coverage)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from ssmd_dagster.archive.drift import briefly
 from ssmd_dagster.archive.layout import day_prefix
 from ssmd_dagster.capture.archiver import COMPONENT as ARCHIVER
 from ssmd_dagster.capture.control import control_subject, request
@@ -20,7 +21,9 @@ from ssmd_dagster.errors import RefusedError, SsmdError, UnreachableError
 from ssmd_dagster.exchange import SESSION
 from ssmd_dagster.workflows.attempt import Attempt, Step, Verb
 from ssmd_dagster.workflows.desk import Desk
+from ssmd_dagster.workflows.late import late_of, tell_the_neighbours
 from ssmd_dagster.workflows.lease import wait_until_gone
+from ssmd_dagster.workflows.recorded_on import take_over_gaps
 from ssmd_dagster.workflows.replay import revision_note
 from ssmd_dagster.workflows.sealing import seal
 from ssmd_dagster.workflows.start import create_streams, stop_capture, wait_until
@@ -71,7 +74,7 @@ async def may_end(attempt: Attempt) -> bool:
         if day.sealed is None and day.forced_by is None:  # cut off between the completion and the seal
             readback, _books, _ids = await read_back(desk, day, lambda _key: None)
             made = await _tables(desk, day, lambda _text: None)
-            await seal(desk, day, readback, made.tables, revision=made.revision)
+            await seal(desk, day, readback, made.tables, revision=made.revision, drift=briefly(made.drift))
         return False
     if day.state is DayState.STARTING:
         raise RefusedError(
@@ -171,6 +174,7 @@ async def examine(attempt: Attempt) -> Verdict:
     await _flush(attempt, deadline)
     day = await desk.book.day(date)
     assert day is not None
+    day = await take_over_gaps(desk, day)
     telling = Telling(lambda text: attempt.tell("note", "verify", text))
     async with reading_of(desk, day, telling.read) as reading:
         await reading.read_new()
@@ -199,9 +203,15 @@ async def _tables(desk: Desk, day: TradingDay, told: Callable[[str], None]) -> N
 async def _with_tables(desk: Desk, day: TradingDay, verdict: Verdict, telling: Telling) -> Verdict:
     """Make the day's tables and file every record that was read back."""
     made = await _tables(desk, day, telling.say)
+    await tell_the_neighbours(desk, made.late_elsewhere)
     ledger = with_filings(verdict.ledger, made.filings)
     return verdict._replace(
-        ledger=ledger, faults=(*made.damaged, *unexplained(ledger)), tables=made.tables, revision=made.revision
+        ledger=ledger,
+        faults=(*made.damaged, *unexplained(ledger)),
+        tables=made.tables,
+        revision=made.revision,
+        late=late_of(day, made.late),
+        drift=briefly(made.drift),
     )
 
 
@@ -210,12 +220,14 @@ async def record(attempt: Attempt) -> str:
     desk, date = attempt.desk, attempt.date
     day = await desk.book.day(date)
     assert day is not None
+    late = attempt.verdict.late if attempt.verdict is not None else day.late
     judged = condition(
         ledger=attempt.ledger,
         gaps=gaps_within(day.gaps, desk.window(day)),
         archived_records=attempt.readback.records if attempt.readback is not None else None,
-        source="live" if day.recorded else day.mode,
+        source=day.source,
         forced_by=desk.actor if attempt.options.force else None,
+        late=late,
     )
     await desk.supervisor.remove_group(day_group(desk.env, date))
     archived = attempt.readback.archived if attempt.readback is not None else {}
@@ -231,13 +243,14 @@ async def record(attempt: Attempt) -> str:
             gaps=len(day.gaps),
             archive_url=desk.stores.raw.url(day_prefix(desk.setting.env.feed, date)),
             forced_by=desk.actor if attempt.options.force else None,
+            late=late,
         ),
     )
     if before is not None:
         attempt.tell("note", "record", revision_note(before, completed))
     if attempt.verdict is not None:
         verdict = attempt.verdict
-        await seal(desk, attempt.day, verdict.readback, verdict.tables, revision=verdict.revision)
+        await seal(desk, attempt.day, verdict.readback, verdict.tables, revision=verdict.revision, drift=verdict.drift)
     return judged.value
 
 

@@ -10,11 +10,14 @@ from msgspec.structs import replace
 
 from ssmd_dagster.capture.programs import connector_names, day_components
 from ssmd_dagster.day.events import TradingDay
-from ssmd_dagster.day.health import QUIET_S, Look, judge, quiet_for_s
+from ssmd_dagster.day.health import Look, is_doubtful, judge
+from ssmd_dagster.day.maintenance import window_at
 from ssmd_dagster.day.payloads import ErrorRaised
 from ssmd_dagster.day.states import DayState, EventName, IllegalTransitionError
 from ssmd_dagster.errors import SsmdError
+from ssmd_dagster.exchange import OTHER
 from ssmd_dagster.workflows.desk import Desk
+from ssmd_dagster.workflows.drift import newest_drift
 
 
 class Health(msgspec.Struct, frozen=True, kw_only=True):
@@ -68,10 +71,12 @@ async def _look(desk: Desk, day: TradingDay) -> Look:
         components=day_components(desk.setting.env),
         recorders=connector_names(desk.setting.env),
         beats=await desk.stores.cache.heartbeats(day.date),
+        maintenance=window_at(await desk.stores.cache.maintenance(), desk.setting.clock()) is not None,
         lag_ms=stats.lag_ms if stats is not None else 0.0,
+        unknown=stats.by_channel.get(OTHER, 0) if stats is not None else 0,
+        drift=await newest_drift(desk, day.date),
     )
-    quiet_s = quiet_for_s(look)
-    if quiet_s is None or quiet_s <= QUIET_S:
+    if not is_doubtful(look):
         return look
     return replace(look, open=await _is_open(desk, day.date))
 

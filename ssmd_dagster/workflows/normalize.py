@@ -14,13 +14,13 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
 
 from ssmd_dagster.archive.difference import TableDifference, compare_tables
-from ssmd_dagster.archive.drift import Drift
+from ssmd_dagster.archive.drift import Drift, briefly
 from ssmd_dagster.archive.layout import (
     capnp_key,
     day_prefix,
@@ -31,6 +31,7 @@ from ssmd_dagster.archive.layout import (
 )
 from ssmd_dagster.archive.normalize import (
     ChannelFiling,
+    LateElsewhere,
     Neighbour,
     NormalizeJob,
     NormalizeResult,
@@ -47,6 +48,8 @@ from ssmd_dagster.environments.loader import load_registry
 from ssmd_dagster.errors import NotFoundError, RefusedError, SsmdError
 from ssmd_dagster.stores.objects import LocalObjectStore, ObjectExistsError, ObjectStore
 from ssmd_dagster.workflows.desk import Desk
+from ssmd_dagster.workflows.late import judge_late_rows, late_of, tell_the_neighbours
+from ssmd_dagster.workflows.recorded_on import recorded_into
 from ssmd_dagster.workflows.sealing import seal_revision
 from ssmd_dagster.workflows.verify import read_back
 
@@ -56,6 +59,8 @@ EDGE_SEGMENTS = 2
 _UPLOADS = 8
 _TELL_EVERY_S = 10.0
 _ERROR_CHARS = 400
+_ALLOCATORS = {"MALLOC_ARENA_MAX": "2", "MIMALLOC_PURGE_DELAY": "0"}
+"""Give what a thread has freed back at once: a day's tables are made of many large blocks, one after the other."""
 
 Tell = Callable[[str], None]
 
@@ -75,7 +80,7 @@ class Normalised(msgspec.Struct, frozen=True, kw_only=True):
     drift: tuple[Drift, ...] = ()
     damaged: tuple[str, ...] = ()
     late: int = 0
-    late_elsewhere: dict[str, int] = {}
+    late_elsewhere: dict[str, LateElsewhere] = {}
     from_neighbours: dict[str, int] = {}
     differences: dict[str, TableDifference] = {}
 
@@ -155,9 +160,12 @@ async def normalise_again(desk: Desk, date: str, *, told: Tell) -> Normalised:
             do=f"End it: `ssmd day end {desk.env} --date {date}`.",
         )
     done = await normalise(desk, day, told=told)
+    await tell_the_neighbours(desk, done.late_elsewhere)
+    if (late := late_of(day, done.late)) is not None:
+        day = await judge_late_rows(desk, day, late)
     if day.sealed is not None and (not done.already or done.revision > day.sealed.revision):
         readback, _books, _ids = await read_back(desk, day, told)
-        await seal_revision(desk, day, readback, done.tables)
+        await seal_revision(desk, day, readback, done.tables, drift=briefly(done.drift))
     return done
 
 
@@ -291,7 +299,7 @@ def _lives(name: str) -> bool:
 async def _job(desk: Desk, day: TradingDay, folder: Path, revision: int) -> NormalizeJob:
     env = desk.setting.env
     window = desk.window(day)
-    sealed = await _sealed_at(desk)
+    sealed = await _seals(desk)
     return NormalizeJob(
         feed=env.feed,
         env=env.name,
@@ -305,7 +313,7 @@ async def _job(desk: Desk, day: TradingDay, folder: Path, revision: int) -> Norm
         gaps=day.gaps,
         channels=tuple(env.capture.channels),
         markets=tuple(await desk.stores.secmaster.known(window.open_ns, window.close_ns)),
-        sealed_ns=sealed.get(day.date),
+        seals=sealed.get(day.date, ()),
         capnp_schema=str(_schema_file(desk)) if "capnp" in env.formats else None,
     )
 
@@ -317,17 +325,17 @@ def _schema_file(desk: Desk) -> Path:
     return exchanges_dir() / "schemas" / next(one.file for one in versions if one.version == wanted)
 
 
-async def _sealed_at(desk: Desk) -> dict[str, int]:
-    """Return when the first revision of each day was sealed."""
-    at_ns: dict[str, int] = {}
+async def _seals(desk: Desk) -> dict[str, tuple[int, ...]]:
+    """Return when each day's revisions were sealed."""
+    at_ns: dict[str, tuple[int, ...]] = {}
     for stored in await desk.stores.journal.read():
         if stored.event.event is EventName.SEALED:
-            at_ns.setdefault(stored.event.date, stored.event.at_ns)
+            at_ns[stored.event.date] = (*at_ns.get(stored.event.date, ()), stored.event.at_ns)
     return at_ns
 
 
 async def _segments(desk: Desk, date: str, folder: Path, edge: str | None = None) -> tuple[RawSegment, ...]:
-    """Return a day's segments as local files; with `edge` `first` or `last` those of a neighbour that lie near the day."""
+    """Return a day's segments as local files; with `edge` those of a neighbour: `first` or `last`, near the day, or `all`."""
     found: dict[str, list[tuple[int, str]]] = {}
     for info in await desk.stores.raw.list(day_prefix(desk.setting.env.feed, date)):
         parsed = parse_segment_key(info.key)
@@ -343,13 +351,17 @@ async def _segments(desk: Desk, date: str, folder: Path, edge: str | None = None
     return tuple(segments)
 
 
-async def _neighbours(desk: Desk, day: TradingDay, folder: Path, sealed: dict[str, int]) -> tuple[Neighbour, ...]:
+async def _neighbours(
+    desk: Desk, day: TradingDay, folder: Path, sealed: Mapping[str, tuple[int, ...]]
+) -> tuple[Neighbour, ...]:
     """Return the days beside this one with what their raw files may have of it.
 
-    The next day's first segment is often not stored yet; then its spool is read, where it is on this host.
+    The next day's first segment is often not stored yet; then its spool is read, where it is on this host. Where the next day
+    is known to have received late rows, all of its segments are read, and all of the day before where that recorded on far
+    into this one. Days that another one's recording held have nothing of their own.
     """
     days = desk.book.book.days
-    dates = sorted(days)
+    dates = sorted(date for date, one in days.items() if date == day.date or one.recorded_with is None)
     at = dates.index(day.date)
     found = []
     for index, edge in ((at - 1, "last"), (at + 1, "first")):
@@ -357,7 +369,10 @@ async def _neighbours(desk: Desk, day: TradingDay, folder: Path, sealed: dict[st
             continue
         date = dates[index]
         window = desk.window(days[date])
-        segments = await _segments(desk, date, folder, edge)
+        late_until_ns = day.late.until_ns if day.late is not None and edge == "first" else None
+        edge = "all" if late_until_ns is not None else edge
+        recorded_on = edge == "last" and recorded_into(desk, days[date], day)
+        segments = await _segments(desk, date, folder, None if recorded_on else edge)
         if not segments:
             try:
                 segments = _spooled(spool_dir(desk.setting.home, desk.env, date), folder / "raw")
@@ -369,7 +384,10 @@ async def _neighbours(desk: Desk, day: TradingDay, folder: Path, sealed: dict[st
                 open_ns=window.open_ns,
                 close_ns=window.close_ns,
                 segments=segments,
-                sealed_ns=sealed.get(date),
+                seals=sealed.get(date, ()),
+                late_until_ns=late_until_ns,
+                recorded_on=recorded_on,
+                gaps=days[date].gaps,
             )
         )
     return tuple(found)
@@ -398,7 +416,7 @@ async def _run(desk: Desk, date: str, job: NormalizeJob, folder: Path, told: Tel
     with log_path.open("wb") as log:
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "ssmd_dagster.archive.normalize", str(job_path), str(result_path),
-            stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log,
+            stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, **_ALLOCATORS},
         )  # fmt: skip
         try:
             deadline_s = time.monotonic() + NORMALIZE_TIMEOUT_S

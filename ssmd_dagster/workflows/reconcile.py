@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 
 from ssmd_dagster.capture.programs import day_components
-from ssmd_dagster.day.payloads import Failed
+from ssmd_dagster.day.payloads import Failed, Missed
 from ssmd_dagster.day.reconcile import Facts, Plan, plan
 from ssmd_dagster.day.states import DayState, EventName
 from ssmd_dagster.errors import RefusedError
@@ -34,14 +34,14 @@ async def reconcile(desk: Desk) -> Plan:
     if made.missed or made.cut_off:
         await create_streams(desk)
     for missed in made.missed:
-        await miss(desk, missed.date, missed.reason)
+        await miss(desk, missed.date, missed.reason, missed.recorded_with)
     for cut_off in made.cut_off:
         await desk.book.append(cut_off.date, EventName.START_FAILED, data=Failed(error=cut_off.error, transient=True))
     return made
 
 
 async def facts(desk: Desk) -> Facts:
-    """Ask the cache which days have all their processes, and at which somebody is at work."""
+    """Ask the cache which days have all their processes, at which somebody is at work, and what maintenance is announced."""
     recording, held = set(), set()
     for day in desk.book.book.days.values():
         if day.state not in _LIVE:
@@ -51,16 +51,18 @@ async def facts(desk: Desk) -> Facts:
             recording.add(day.date)
         if await desk.stores.cache.holder(day.date) is not None:
             held.add(day.date)
-    return Facts(recording=frozenset(recording), held=frozenset(held))
+    return Facts(
+        recording=frozenset(recording), held=frozenset(held), maintenance=await desk.stores.cache.maintenance()
+    )
 
 
-async def miss(desk: Desk, date: str, reason: str) -> None:
+async def miss(desk: Desk, date: str, reason: str, recorded_with: str | None = None) -> None:
     """Journal a day that is over and was never started; nothing happens where somebody has started it in the meantime."""
     day = desk.book.book.days.get(date)
     if day is None:
         day = await desk.book.append(date, EventName.DEFINED)
     if day.state is DayState.PENDING:
-        await desk.book.append(date, EventName.MISSED, reason=reason)
+        await desk.book.append(date, EventName.MISSED, reason=reason, data=Missed(recorded_with=recorded_with))
 
 
 async def run_ended(desk: Desk, actor: str, outcome: str) -> list[str]:

@@ -58,6 +58,13 @@ def check_replay(desk: Desk, date: str, day: TradingDay | None) -> bool:
             where=desk.env,
             do=f"End it first (`ssmd day end {desk.env} --date {date}`); what it lacks can be replayed then.",
         )
+    held_by = None if day is None or day.recorded_with is None else desk.book.book.days.get(day.recorded_with)
+    if held_by is not None and held_by.state is not DayState.COMPLETE:
+        raise RefusedError(
+            f"trading day {date} was recorded with {held_by.date}, which is {held_by.state}",
+            where=desk.env,
+            do=f"Its tables are made of that day's archive once it is COMPLETE; see `ssmd day status {desk.env}`.",
+        )
     if now_ns < calendar.close_ns(parsed):
         what = "has not begun" if now_ns < calendar.open_ns(parsed) else "is not over"
         raise RefusedError(
@@ -128,12 +135,15 @@ async def check_counts(attempt: Attempt) -> str:
 
 
 async def finish(attempt: Attempt) -> TradingDay:
-    """Append ACTIVE, and a gap for every channel that was never recorded and cannot be fetched."""
+    """Append ACTIVE, and a gap for every channel that was never recorded and cannot be fetched.
+
+    What was recorded with another day comes into the tables from that day's archive.
+    """
     desk = attempt.desk
     beat = await desk.stores.cache.heartbeat(attempt.date, REPLAYER) or {}
     day = await attempt.journal(EventName.STARTED, Started(markets=beat.get("markets"), connections=0))
     window = desk.window(day)
-    for channel in () if day.recorded else desk.setting.env.capture.channels:
+    for channel in () if day.source == "live" else desk.setting.env.capture.channels:
         gap_id = f"gap-replay-{channel}"
         if channel == TRADES or gap_id in day.gap_by_id:
             continue

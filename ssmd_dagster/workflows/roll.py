@@ -41,9 +41,9 @@ async def dates_to_roll(desk: Desk, date: str | None = None) -> tuple[str, str]:
     """
     book = await desk.book.refresh()
     ending = date or book.current
-    if ending is None or ending not in book.days:
+    if ending is None or ending not in book.days or not book.days[ending].ever_active:
         raise RefusedError(
-            "there is no trading day to roll from" if ending is None else f"trading day {ending} was never started",
+            "there is no trading day to roll from" if ending is None else f"trading day {ending} never was ACTIVE",
             where=desk.env,
             do=f"Start one: `ssmd day start {desk.env}`.",
         )
@@ -64,9 +64,13 @@ def starting_of(desk: Desk, ending: str, starting: str) -> Attempt:
 
 
 def ending_of(desk: Desk, ending: str, starting: str) -> Attempt:
-    """Return the attempt at the roll's second half; the new day is ACTIVE by now and says when it opened."""
-    opened = desk.book.book.days[starting]
-    return Attempt(desk, ending, END, Options(rolling=True, close_ns=desk.window(opened).open_ns))
+    """Return the attempt at the roll's second half; the new day is ACTIVE by now and says when it opened.
+
+    The old day closes there, or, where days between the two were missed, at its own close.
+    """
+    opened_ns = desk.window(desk.book.book.days[starting]).open_ns
+    close_ns = min(opened_ns, desk.calendar.close_ns(Date.fromisoformat(ending)))
+    return Attempt(desk, ending, END, Options(rolling=True, close_ns=close_ns))
 
 
 async def roll(desk: Desk, date: str | None = None) -> Rolled:

@@ -13,7 +13,7 @@ from ssmd_dagster import __version__
 from ssmd_dagster.archive.layout import manifest_key
 from ssmd_dagster.archive.readback import Readback
 from ssmd_dagster.day.events import BadEventError, TradingDay
-from ssmd_dagster.day.payloads import Sealed
+from ssmd_dagster.day.payloads import DriftFound, Sealed
 from ssmd_dagster.day.seal import (
     ConnectionEntry,
     JournalEntry,
@@ -34,7 +34,13 @@ _SEALS = frozenset({EventName.COMPLETED, EventName.VERIFIED, EventName.CONDITION
 
 
 async def seal(
-    desk: Desk, day: TradingDay, readback: Readback, tables: Sequence[TableEntry] = (), *, revision: int | None = None
+    desk: Desk,
+    day: TradingDay,
+    readback: Readback,
+    tables: Sequence[TableEntry] = (),
+    *,
+    revision: int | None = None,
+    drift: DriftFound | None = None,
 ) -> TradingDay:
     """Write the manifest of the day's revision (or of a later one), and append `sealed` with its hash.
 
@@ -60,12 +66,23 @@ async def seal(
         EventName.SEALED,
         epoch=day.epoch,
         data=Sealed(
-            manifest_sha256=sha256_hex(raw), root_hash=manifest.root_hash, revision=manifest.revision, manifest_key=key
+            manifest_sha256=sha256_hex(raw),
+            root_hash=manifest.root_hash,
+            revision=manifest.revision,
+            manifest_key=key,
+            drift=drift,
         ),
     )
 
 
-async def seal_revision(desk: Desk, day: TradingDay, readback: Readback, tables: Sequence[TableEntry]) -> TradingDay:
+async def seal_revision(
+    desk: Desk,
+    day: TradingDay,
+    readback: Readback,
+    tables: Sequence[TableEntry],
+    *,
+    drift: DriftFound | None = None,
+) -> TradingDay:
     """Seal the next revision of a COMPLETE day whose tables (or repairs) are new; what was sealed before stays as it is.
 
     Raises `RefusedError` where the day has no sealed revision to follow.
@@ -76,7 +93,7 @@ async def seal_revision(desk: Desk, day: TradingDay, readback: Readback, tables:
             where=desk.env,
             do=f"Verify it first: `ssmd day verify {desk.env} {day.date}`.",
         )
-    return await seal(desk, day, readback, tables, revision=day.sealed.revision + 1)
+    return await seal(desk, day, readback, tables, revision=day.sealed.revision + 1, drift=drift)
 
 
 def segment_entries(readback: Readback) -> tuple[SegmentEntry, ...]:

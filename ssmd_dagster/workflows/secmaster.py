@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from ssmd_dagster.day.calendar import Window
+from ssmd_dagster.day.maintenance import remembered
 from ssmd_dagster.errors import ConfigurationError, SsmdError
-from ssmd_dagster.exchange import Market, unlisted_market
-from ssmd_dagster.stores.secmaster import SyncResult
+from ssmd_dagster.exchange import Exchange, Market, unlisted_market
+from ssmd_dagster.stores.secmaster import SyncResult, pack
 from ssmd_dagster.workflows.desk import Desk, Progress
 
 
 async def sync(desk: Desk, date: str) -> SyncResult:
-    """Read the selected markets from the exchange into the cache; changes go to their own journal.
+    """Read the selected markets from the exchange into the cache; changes go to their own journal. And what it has announced of
+    its maintenance, for when it cannot be asked any more.
 
     Where the tickers are listed in the environment, they can be recorded without the exchange's list: if its REST service is
     away or is none, what is known of them stays as it is.
@@ -18,7 +21,8 @@ async def sync(desk: Desk, date: str) -> SyncResult:
     selection = desk.setting.env.capture.markets.selection()
     exchange = desk.setting.open_exchange(date)
     try:
-        markets = [market async for market in exchange.markets(selection)]
+        rows = {market.ticker: pack(market) async for market in exchange.markets(selection)}
+        await _note_maintenance(desk, exchange, date)
     except SsmdError as error:
         if selection.tickers is None or isinstance(error, ConfigurationError):
             raise
@@ -26,10 +30,20 @@ async def sync(desk: Desk, date: str) -> SyncResult:
             Progress("note", "secmaster", date, "secmaster", f"Going on without the exchange's list: {error.what}")
         )
         known = {market.ticker: market for market in await desk.stores.secmaster.markets()}
-        markets = [known.get(ticker) or unlisted_market(ticker) for ticker in selection.tickers]
+        rows = {ticker: pack(known.get(ticker) or unlisted_market(ticker)) for ticker in selection.tickers}
     finally:
         await exchange.close()
-    return await desk.stores.secmaster.apply(markets, desk.setting.clock())
+    return await desk.stores.secmaster.apply_rows(rows, desk.setting.clock())
+
+
+async def _note_maintenance(desk: Desk, exchange: Exchange, date: str) -> None:
+    try:
+        read = [Window(open_ns=from_ns, close_ns=to_ns) for from_ns, to_ns in await exchange.maintenance()]
+    except SsmdError as error:
+        desk.report(Progress("note", "secmaster", date, "secmaster", f"Its maintenance is not known: {error.what}"))
+        return
+    cache = desk.stores.cache
+    await cache.put_maintenance(remembered(await cache.maintenance(), read, desk.setting.clock()))
 
 
 async def find(desk: Desk, *, category: str | None = None, series: str | None = None) -> list[Market]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from datetime import date as Date  # noqa: N812 - `date` is the contract's word for the written form
 from datetime import timedelta
 from typing import Any
@@ -21,11 +21,13 @@ from ssmd_dagster.capture.programs import (
     markets_subscribed,
 )
 from ssmd_dagster.day.events import TradingDay
+from ssmd_dagster.day.maintenance import described, pieces, touching, window_at
 from ssmd_dagster.day.payloads import GapClosed, GapOpened, Mode, Started, StartRequested
 from ssmd_dagster.day.states import DayState, EventName
 from ssmd_dagster.errors import ConfigurationError, ExitCode, RefusedError, SsmdError, UnreachableError
 from ssmd_dagster.workflows import replay, secmaster
 from ssmd_dagster.workflows.attempt import Attempt, Step, Verb
+from ssmd_dagster.workflows.behind import refuse_journal_behind
 from ssmd_dagster.workflows.desk import Desk
 from ssmd_dagster.workflows.lease import wait_until_gone
 
@@ -48,6 +50,7 @@ async def may_start(attempt: Attempt) -> bool:
     Raises:
         NotFoundError: The calendar has no such day.
         RefusedError: The day's state or date does not allow it, or another actor is at work on it.
+        SsmdError: The journal has lost days that the store holds.
     """
     desk, date = attempt.desk, attempt.date
     calendar, now_ns, parsed = desk.calendar, desk.setting.clock(), Date.fromisoformat(attempt.date)
@@ -57,6 +60,7 @@ async def may_start(attempt: Attempt) -> bool:
     mode = mode_of(attempt, day)
     if mode == "live" and day is not None and day.state is DayState.ACTIVE:
         return False
+    await refuse_journal_behind(desk)
     if mode == "replay" and not replay.check_replay(desk, date, day):
         return False
     if mode == "live" and attempt.options.mode is None and now_ns < calendar.open_ns(parsed):
@@ -131,7 +135,8 @@ def _opens_by_calendar(attempt: Attempt) -> bool:
 async def finish(attempt: Attempt) -> TradingDay:
     """Append ACTIVE: at the boundary where a roll comes before it, else now.
 
-    A day that opens by the calendar and that nobody recorded from then on has a gap, `late_start`, up to here.
+    A day that opens by the calendar and that nobody recorded from then on has a gap, `late_start`, up to here; what of it the
+    exchange was in announced maintenance is a gap of that cause.
     """
     if replay.is_replay(attempt):
         return await replay.finish(attempt)
@@ -156,17 +161,28 @@ async def finish(attempt: Attempt) -> TradingDay:
         EventName.STARTED, Started(open_ns=opened_ns, markets=markets, connections=len(connectors))
     )
     open_ns = desk.window(started).open_ns
-    if first_time and open_ns < now_ns and day.open_ns is None and not _still_recorded(desk, options.rolled_from):
-        gap_id = f"gap-{day.epoch}-late-start"
-        await attempt.journal(EventName.GAP_OPENED, GapOpened(gap_id=gap_id, cause="late_start", from_ns=open_ns))
-        started = await attempt.journal(EventName.GAP_CLOSED, GapClosed(gap_id=gap_id, to_ns=now_ns, outcome="stays"))
+    if first_time and open_ns < now_ns and day.open_ns is None and not await _still_recorded(desk, date):
+        windows = await desk.stores.cache.maintenance()
+        for number, (from_ns, to_ns, cause) in enumerate(pieces(open_ns, now_ns, windows, "late_start"), start=1):
+            gap_id = f"gap-{day.epoch}-late-start" + (f"-{number}" if number > 1 else "")
+            await attempt.journal(EventName.GAP_OPENED, GapOpened(gap_id=gap_id, cause=cause, from_ns=from_ns))
+            started = await attempt.journal(
+                EventName.GAP_CLOSED, GapClosed(gap_id=gap_id, to_ns=to_ns, outcome="stays")
+            )
     return started
 
 
-def _still_recorded(desk: Desk, date: str | None) -> bool:
-    """Tell whether the day that is rolled from records on until its end, and so what came before the new day was up."""
-    before = desk.book.book.days.get(date or "")
-    return before is not None and before.state is DayState.ACTIVE
+async def _still_recorded(desk: Desk, date: str) -> bool:
+    """Tell whether an earlier day records on until its end, and so what came before this one was up.
+
+    The journal says ACTIVE also of a day whose machine was switched off: its connectors must live.
+    """
+    for before in desk.book.book.days.values():
+        if before.date < date and before.mode == "live" and before.state is DayState.ACTIVE:
+            beats = await desk.stores.cache.heartbeats(before.date)
+            if all(name in beats for name in connector_names(desk.setting.env)):
+                return True
+    return False
 
 
 async def wait_until(desk: Desk, at_ns: int) -> None:
@@ -179,8 +195,35 @@ async def sync_security_master(attempt: Attempt) -> str:
     """Bring in the markets to record."""
     if replay.is_replay(attempt):
         return await replay.sync_markets(attempt)
-    result = await secmaster.sync(attempt.desk, attempt.date)
-    return f"{result.total} markets ({result.added} new, {result.updated} changed, {result.settled} settled)"
+    desk = attempt.desk
+    result = await secmaster.sync(desk, attempt.date)
+    day = desk.calendar.window(Date.fromisoformat(attempt.date))
+    announced = described(touching(await desk.stores.cache.maintenance(), day), desk.calendar)
+    return (
+        f"{result.total} markets ({result.added} new, {result.updated} changed, {result.settled} settled)"
+        f"{f'; maintenance announced: {announced}' if announced else ''}"
+    )
+
+
+def _names_maintenance(run: Callable[[Attempt], Awaitable[str]]) -> Callable[[Attempt], Awaitable[str]]:
+    """Let a step that fails for want of the exchange, while that has announced maintenance, say so and until when."""
+
+    async def guarded(attempt: Attempt) -> str:
+        try:
+            return await run(attempt)
+        except UnreachableError as error:
+            desk = attempt.desk
+            window = window_at(await desk.stores.cache.maintenance(), desk.setting.clock())
+            if window is None:
+                raise
+            until = desk.calendar.local(window.close_ns).isoformat()
+            raise UnreachableError(
+                f"the exchange is in announced maintenance until {until}: {error.what}",
+                where=error.where,
+                do=f"Dagster starts the day after it; by hand: `ssmd day start {desk.env} --date {attempt.date}`.",
+            ) from error
+
+    return guarded
 
 
 async def start_connector(attempt: Attempt) -> str:
@@ -277,14 +320,20 @@ async def _closed(desk: Desk, date: str) -> str | None:
 
 
 async def wait_for_heartbeat(
-    desk: Desk, date: str, name: str, ready: Callable[[dict[str, Any]], bool], timeout_s: float = UP_TIMEOUT_S
+    desk: Desk,
+    date: str,
+    name: str,
+    ready: Callable[[dict[str, Any]], bool],
+    timeout_s: float = UP_TIMEOUT_S,
+    *,
+    group: str | None = None,
 ) -> dict[str, Any]:
     """Return a component's heartbeat once it is `ready`.
 
     Raises `ConfigurationError` or `SsmdError` where the component says that it cannot go on, `UnreachableError` with its last
     words and its log where it is not ready in time or keeps dying.
     """
-    group = desk.env if date == LIVE else day_group(desk.env, date)
+    group = group or (desk.env if date == LIVE else day_group(desk.env, date))
     deadline = time.monotonic() + timeout_s
     beat: dict[str, Any] | None = None
     died_at: float | None = None
@@ -318,8 +367,8 @@ async def stop_capture(attempt: Attempt) -> None:
 START = Verb(
     name=VERB,
     steps=(
-        Step("secmaster", "Syncing security master", sync_security_master),
-        Step("connector", "Starting connector", start_connector),
+        Step("secmaster", "Syncing security master", _names_maintenance(sync_security_master)),
+        Step("connector", "Starting connector", _names_maintenance(start_connector)),
         Step("archiver", "Starting archiver", start_archiver),
         Step("gateway", "Starting gateway", start_gateway),
         Step("health", "Health check passed", health_check),

@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
+from ssmd_dagster.archive.coverage import TRADES_REPAIRED
 from ssmd_dagster.archive.trade_ids import TRADES, Matching, TradeIds
 from ssmd_dagster.capture.audit import COMPONENT as SPOOL
 from ssmd_dagster.capture.rest_pages import RestPages
@@ -32,7 +33,6 @@ LIST_TIMEOUT_S = 2 * 3600.0
 PAGE = 1_000
 SETTLE_POLL_S = 0.2
 TELL_EVERY_PAGES = 200
-REPAIRED = "trades repaired"
 
 Tell = Callable[[str], None]
 _raw_rows = msgspec.json.Decoder(list[msgspec.Raw]).decode
@@ -76,7 +76,7 @@ async def compare_trades(desk: Desk, day: TradingDay, ids: TradeIds, *, repair: 
         why_not = await _read(desk, day, listing)
     if listing.recorded and pages is not None:
         await _count_pages(desk, day, pages)
-    if why_not is None and listing.matching.listed == 0 and ids.captured:
+    if why_not is None and listing.matching.listed == 0 and listing.matching.archived:
         why_not = "the exchange lists no trade of the day"
     matching = listing.matching if why_not is None else None
     return Compared(matching, asked, why_not=why_not, recorded=listing.recorded)
@@ -116,7 +116,7 @@ async def close_repaired_gaps(
             if channels == {TRADES}:
                 outcome = "repaired"
             elif TRADES in channels:
-                detail = REPAIRED
+                detail = TRADES_REPAIRED
         if (outcome, detail) != (gap.outcome, gap.detail):
             to_ns = gap.to_ns if gap.to_ns is not None else max(gap.from_ns, window.close_ns)
             closed = GapClosed(gap_id=gap.gap_id, to_ns=to_ns, outcome=outcome, detail=detail)
@@ -157,7 +157,7 @@ class _Listing:
         self.cannot_record: SsmdError | None = None
         self._selection = desk.setting.env.capture.markets.selection()
         self._ids, self._asked, self._pages, self._tell = ids, asked, pages, tell
-        self._row_keys = room_part(desk.setting.env.feed, "matching").row_keys
+        self._row_ids = room_part(desk.setting.env.feed, "matching").row_ids
         self._read = 0
 
     async def read(self, exchange: Exchange) -> None:
@@ -178,9 +178,7 @@ class _Listing:
         await exchange.trade_pages(query, self._take)
 
     async def _take(self, page: TradePage) -> None:
-        keys = self._row_keys(page.rows)
-        asked = self._asked
-        missing = self.matching.take([(key.trade_id, asked.open_ns <= key.event_ns < asked.close_ns) for key in keys])
+        missing = self.matching.take(*self._row_ids(page.rows, self._asked.open_ns, self._asked.close_ns))
         self._read += 1
         if self._read % TELL_EVERY_PAGES == 0:
             self._tell(f"{self._read:,} pages of the exchange's trades compared")

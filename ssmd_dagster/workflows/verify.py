@@ -22,7 +22,7 @@ from ssmd_dagster.capture.audit import COMPONENT as SPOOL
 from ssmd_dagster.capture.sequence import gap_id_of
 from ssmd_dagster.day.events import Gap, TradingDay
 from ssmd_dagster.day.ledger import BooksLedger, ChannelLedger, Explanation, Ledger, TradesLedger, WireLedger
-from ssmd_dagster.day.payloads import Verified
+from ssmd_dagster.day.payloads import DriftFound, LateRows, Verified
 from ssmd_dagster.day.seal import TableEntry
 from ssmd_dagster.day.states import EventName
 from ssmd_dagster.errors import UnexplainedDifferenceError
@@ -80,7 +80,7 @@ async def read_back(
 class Verdict(NamedTuple):
     """What a verification found; `faults` empty means that every check passed.
 
-    `tables` are those that were made of what was read back, as `revision`.
+    `tables` are those that were made of what was read back, as `revision`, `late` and `drift` what was found in making them.
     """
 
     readback: Readback
@@ -88,6 +88,8 @@ class Verdict(NamedTuple):
     faults: tuple[str, ...]
     tables: tuple[TableEntry, ...] = ()
     revision: int | None = None
+    late: LateRows | None = None
+    drift: DriftFound | None = None
 
 
 def draw_up(

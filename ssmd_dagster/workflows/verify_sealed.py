@@ -22,7 +22,7 @@ from ssmd_dagster.capture.programs import day_group
 from ssmd_dagster.day.calendar import Window
 from ssmd_dagster.day.condition import Condition, condition, gaps_within
 from ssmd_dagster.day.events import BadEventError, DayEvent, JournalBrokenError, TradingDay, fold
-from ssmd_dagster.day.ledger import ChannelLedger, Ledger
+from ssmd_dagster.day.ledger import ChannelLedger, Ledger, TradesLedger
 from ssmd_dagster.day.payloads import ConditionChanged, ConditionValue, Sealed
 from ssmd_dagster.day.seal import Manifest, root_hash, sha256_hex
 from ssmd_dagster.day.states import DayState, EventName
@@ -35,7 +35,7 @@ from ssmd_dagster.workflows.end import END, examine
 from ssmd_dagster.workflows.holdings import TABLES
 from ssmd_dagster.workflows.reading import DayReading
 from ssmd_dagster.workflows.sealing import connection_entries, seal
-from ssmd_dagster.workflows.trades import Tell, compare_trades, line_of
+from ssmd_dagster.workflows.trades import Compared, Tell, compare_trades, line_of
 from ssmd_dagster.workflows.verify import (
     FILED_LINES,
     Telling,
@@ -46,6 +46,8 @@ from ssmd_dagster.workflows.verify import (
     unexplained,
 )
 
+MISSING_NAMED = 5
+"""So many of the trades that are missing are named; a replay finds all of them."""
 _CARRIED = ("published", *FILED_LINES)
 """Lines that the raw files alone do not give again; they are the sealed ledger's."""
 
@@ -53,7 +55,8 @@ _CARRIED = ("published", *FILED_LINES)
 class Verification(msgspec.Struct, frozen=True, kw_only=True):
     """What a later verification found. `examined` counts what each check looked at; `faults` empty means all is as sealed.
 
-    `journal` says whether the journal was there to be asked, `changed` whether the day's condition is another one now.
+    `journal` says whether the journal was there to be asked, `changed` whether the day's condition is another one now, `mend`
+    what can be done about the faults.
     """
 
     environment: str
@@ -66,6 +69,7 @@ class Verification(msgspec.Struct, frozen=True, kw_only=True):
     examined: dict[str, int]
     faults: tuple[str, ...]
     ledger: Ledger
+    mend: tuple[str, ...] = ()
 
 
 class _Store(NamedTuple):
@@ -122,12 +126,20 @@ async def _first_time(desk: Desk, day: TradingDay, tell: Tell) -> Verification:
         ledger=verdict.ledger,
         gaps=gaps_within(day.gaps, desk.window(day)),
         archived_records=verdict.readback.records,
-        source="live" if day.recorded else day.mode,
+        source=day.source,
+        late=verdict.late,
         faults=len(verdict.faults),
     )
     changed = await _journal_condition(desk, day, judged)
     if not verdict.faults and verdict.readback.records:
-        await seal(desk, await _day(desk, day.date), verdict.readback, verdict.tables, revision=verdict.revision)
+        await seal(
+            desk,
+            await _day(desk, day.date),
+            verdict.readback,
+            verdict.tables,
+            revision=verdict.revision,
+            drift=verdict.drift,
+        )
     tell("verified for the first time")
     return Verification(
         environment=desk.env,
@@ -152,17 +164,56 @@ async def _again(desk: Desk, day: TradingDay, tell: Tell) -> Verification:
         published[batch.channel] += records
     found = found._replace(day=day)
     ledger, holes = _ledger(found, published=dict(published) if published else None)
-    if ledger.trades.exchange is None:
-        compared = await compare_trades(desk, day, found.ids, repair=False, tell=tell)
-        why_not = {part: why for part, why in ledger.why_not.items() if part != "trades"}
-        if compared.why_not is not None:
-            why_not["trades"] = compared.why_not
-        ledger = msgspec.structs.replace(ledger, trades=line_of(compared, found.ids), why_not=why_not)
-    faults = (*found.faults, *holes, *unexplained(ledger))
+    compared = await compare_trades(desk, day, found.ids, repair=False, tell=tell)
+    ledger = again_with_trades(ledger, compared, line_of(compared, found.ids))
+    faults = (*found.faults, *holes, *unexplained(ledger), *missing_by_name(ledger, compared))
     await journal_verdict(desk, day, Verdict(found.readback, ledger, faults))
     judged = _judge(found, ledger, faults)
     changed = await _journal_condition(desk, day, judged)
     return _verification(env.name, found, judged, faults, ledger, journal=True, changed=changed)
+
+
+def again_with_trades(ledger: Ledger, compared: Compared, line: TradesLedger) -> Ledger:
+    """Return the ledger with what the exchange's list says now: of a day that was compared before, only what is missing of it.
+
+    A list from which trades have gone since proves nothing against a day that had them.
+    """
+    known = ledger.trades.exchange is not None
+    if known and not line.missing:
+        return ledger
+    why_not = {part: why for part, why in ledger.why_not.items() if part != "trades"}
+    if compared.why_not is not None:
+        why_not["trades"] = compared.why_not
+    return msgspec.structs.replace(ledger, trades=line, why_not=why_not)
+
+
+def missing_by_name(ledger: Ledger, compared: Compared) -> tuple[str, ...]:
+    """Return a fault that names the first of the trades that are missing."""
+    if not ledger.trades.missing or compared.matching is None:
+        return ()
+    named = compared.matching.missing_ids(MISSING_NAMED)
+    return (f"the exchange lists trades that the day does not have: {', '.join(named)}{_more(ledger, len(named))}",)
+
+
+def _more(ledger: Ledger, named: int) -> str:
+    left = (ledger.trades.missing or 0) - named
+    return f" and {left:,} more" if left > 0 else ""
+
+
+def mending(env: str, date: str, revision: int, store_faults: int, ledger: Ledger) -> tuple[str, ...]:
+    """Return what can be done about the faults that a verification has found; what is stored is never rewritten."""
+    done: list[str] = []
+    if store_faults:
+        done.append(
+            "Put the named objects back from a copy or from the store's own versions, then verify again: "
+            f"`ssmd day verify {env} {date}`."
+        )
+    if ledger.trades.missing:
+        done.append(
+            f"Fetch the missing trades into revision {revision + 1}: `ssmd day start {env} --date {date} --mode replay`, "
+            f"then `ssmd day end {env} --date {date}`."
+        )
+    return tuple(done)
 
 
 async def _day(desk: Desk, date: str) -> TradingDay:
@@ -188,8 +239,8 @@ def _judge(found: _Store, ledger: Ledger, faults: tuple[str, ...]) -> Condition:
         ledger=ledger,
         gaps=gaps_within(found.day.gaps, window),
         archived_records=found.readback.records,
-        source="live" if found.day.recorded else found.day.mode,
-        forced_by=None,
+        source=found.day.source,
+        late=found.day.late,
         faults=len(faults),
     )
 
@@ -215,6 +266,7 @@ def _verification(
         examined=found.examined,
         faults=faults,
         ledger=ledger,
+        mend=mending(env, found.manifest.date, found.day.revision, len(found.faults), ledger),
     )
 
 

@@ -7,17 +7,24 @@ from typing import Any
 import msgspec
 
 from ssmd_dagster.capture.programs import day_components
+from ssmd_dagster.day.calendar import Window
 from ssmd_dagster.day.events import Book, TradingDay
 from ssmd_dagster.day.ledger import Ledger
+from ssmd_dagster.day.maintenance import touching
+from ssmd_dagster.day.payloads import DriftFound
 from ssmd_dagster.day.states import DayState
 from ssmd_dagster.errors import NotFoundError
+from ssmd_dagster.exchange import OTHER
 from ssmd_dagster.stores.cache import DayStats
 from ssmd_dagster.workflows.desk import Desk
 from ssmd_dagster.workflows.recover import troubles
 
 
 class DayView(msgspec.Struct, frozen=True, kw_only=True):
-    """One day as it is shown. `state` is ERROR where its processes are gone, journaled or not; `error` says why."""
+    """One day as it is shown. `state` is ERROR where its processes are gone, journaled or not; `error` says why.
+
+    `maintenance` is what the exchange has announced for the day; of a COMPLETE one its gaps tell.
+    """
 
     day: TradingDay
     state: DayState
@@ -27,6 +34,17 @@ class DayView(msgspec.Struct, frozen=True, kw_only=True):
     stats: DayStats | None
     components: dict[str, dict[str, Any]]
     at_ns: int
+    maintenance: tuple[Window, ...] = ()
+
+    @property
+    def drift(self) -> DriftFound | None:
+        """Return what the normaliser of the newest sealed tables did not know; None where there are none."""
+        return None if self.day.sealed is None else self.day.sealed.drift
+
+    @property
+    def unknown(self) -> int:
+        """Return how many messages of a running day are of no known type or cannot be read."""
+        return 0 if self.stats is None else self.stats.by_channel.get(OTHER, 0)
 
     def to_json(self, environment: str) -> dict[str, Any]:
         """Return the view under the command line's stable schema; times are nanoseconds since the epoch."""
@@ -46,11 +64,15 @@ class DayView(msgspec.Struct, frozen=True, kw_only=True):
             "gaps": msgspec.to_builtins(day.gaps),
             "condition": day.condition,
             "condition_reasons": list(day.condition_reasons),
+            "late": None if day.late is None else msgspec.to_builtins(day.late),
+            "drift": None if self.drift is None else msgspec.to_builtins(self.drift),
+            "unknown": self.unknown,
             "archive": day.archive_url,
             "ledger": day.ledger,
             "steps": msgspec.to_builtins(day.steps),
             "stats": None if self.stats is None else msgspec.to_builtins(self.stats),
             "components": self.components,
+            "maintenance": [{"from_ns": one.open_ns, "to_ns": one.close_ns} for one in self.maintenance],
         }
 
 
@@ -91,6 +113,7 @@ def _day_of(desk: Desk, book: Book, date: str) -> TradingDay:
 
 async def view(desk: Desk, day: TradingDay) -> DayView:
     """Return a day with live counts and the state that its processes' heartbeats bear out."""
+    windows = await desk.stores.cache.maintenance() if day.state is not DayState.COMPLETE else ()
     running = day.state in (DayState.STARTING, DayState.ACTIVE, DayState.ERROR, DayState.ENDING)
     stats = await desk.stores.cache.stats(day.date) if running else None
     components = await desk.stores.cache.heartbeats(day.date) if running else {}
@@ -110,6 +133,7 @@ async def view(desk: Desk, day: TradingDay) -> DayView:
         stats=stats,
         components=components,
         at_ns=desk.setting.clock(),
+        maintenance=touching(windows, desk.window(day)),
     )
 
 

@@ -169,7 +169,7 @@ def test_nothing_is_known_before_the_first_snapshot() -> None:
     """The error says when it came."""
     with pytest.raises(BookUnknownError, match="its first snapshot is of 2025-12-14T00:00:01"):
         book_from(table(PLAIN), TICKER, at(0.5), allow_unknown=True)
-    with pytest.raises(BookUnknownError, match="it has no snapshot"):
+    with pytest.raises(BookUnknownError, match="there is no snapshot of it up to then"):
         book_from(table([delta(2, 1, "yes", 410_000, 300)]), TICKER, at(5))
 
 

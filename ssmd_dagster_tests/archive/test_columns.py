@@ -14,7 +14,7 @@ from ssmd_dagster.archive.drift import MAX_FINGERPRINTS, MORE, DriftLog
 from ssmd_dagster.archive.records import wire_line
 from ssmd_dagster.exchange import Columns, RowReader, row_reader
 from ssmd_dagster.kalshi.rows import wire_table
-from ssmd_dagster_tests.archive.rawdays import NS_NOON, delta, snapshot, ticker_message, trade
+from ssmd_dagster_tests.archive.rawdays import NS_NOON, delta, rest_page, snapshot, ticker_message, trade
 
 CHANNELS = ("trade", "orderbook_delta", "ticker")
 KALSHI = row_reader("kalshi")
@@ -29,6 +29,9 @@ class Patient:
     def columns(self, channel: str, messages: Any) -> Columns:
         """Is never asked."""
         raise AssertionError(channel)
+
+    def pages(self, _messages: Any) -> None:
+        """Offer no such way."""
 
     def rows(self, message: bytes) -> Any:
         """Read one message."""
@@ -149,6 +152,41 @@ def test_both_ways_of_reading_agree(channel: str, data: st.DataObject) -> None:
     """Whatever the messages hold, the rows are the same, and so is what is said of the others."""
     block, patient = both_ways(channel, data.draw(st.lists(payloads(channel), min_size=1, max_size=4)))
     assert plain(block) == plain(patient)
+
+
+@st.composite
+def rest_payloads(draw: st.DrawFn) -> bytes:
+    """Return a recorded page of up to three trades; of some a value or a key is changed."""
+    messages = [json.loads(trade("T.1", n, NS_NOON))["msg"] for n in range(draw(st.integers(0, 3)))]
+    page = json.loads(rest_page(messages))
+    for row in page["msg"]["trades"]:
+        for key in draw(st.lists(st.sampled_from([*sorted(row), "ts_ms", "mood"]), max_size=1)):
+            row[key] = draw(TIMES if key == "created_time" else st.one_of(NUMBERS, ANYTHING))
+        for key in draw(st.lists(st.sampled_from(sorted(row)), max_size=1)):
+            row.pop(key)
+    page["type"] = draw(st.sampled_from(["rest_trades"] * 6 + ["rest_markets", "ok"]))
+    return json.dumps(page).encode()
+
+
+@settings(max_examples=80, deadline=None)
+@given(pages=st.lists(rest_payloads(), min_size=1, max_size=3))
+def test_pages_are_the_same_read_as_a_whole_and_row_by_row(pages: list[bytes]) -> None:
+    """Whatever a page of REST holds, its rows are the same, and so is what is said of those that cannot be read."""
+    block, patient = both_ways("rest", pages)
+    assert plain(block) == plain(patient)
+    assert block.rejected_pages == patient.rejected_pages
+
+
+def test_pages_of_today_are_read_as_a_whole() -> None:
+    """Pages of trades never take the slow way, those without a trade neither, however many there are."""
+    messages = [json.loads(trade("T.1", n, NS_NOON))["msg"] for n in range(1_500)]
+    pages = [rest_page(messages), rest_page([]), rest_page(messages[:1])]
+    found = KALSHI.pages(pages)
+    assert found is not None
+    assert found[1] == [1_500, 0, 1]
+    block, patient = both_ways("rest", pages * 2)
+    assert plain(block) == plain(patient)
+    assert (block.control, block.tables["trade"].num_rows) == (2, 3_002)
 
 
 @pytest.mark.parametrize("channel", CHANNELS)

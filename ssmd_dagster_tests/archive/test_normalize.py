@@ -8,12 +8,13 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssmd_dagster.archive.normalize import Neighbour
+from ssmd_dagster.archive.normalize import LateElsewhere, Neighbour
 from ssmd_dagster.archive.tables import SCHEMAS
 from ssmd_dagster.day.events import Gap
 from ssmd_dagster.exchange import Market
@@ -62,6 +63,7 @@ def test_real_captures_give_the_counts_that_their_sources_state(
 ) -> None:
     """Real frames become so many snapshots, changes and tickers, and books without a negative level."""
     frames = capture_of(name)
+    assert len(frames) == snapshots + deltas + tickers + control
     open_ns = frames[0][0] - 3600 * S
     segments = record(tmp_path / "raw", {"812-a-0": frames})
     day = normalized(tmp_path / "out", segments, open_ns=open_ns, close_ns=open_ns + 86_400 * S)
@@ -70,6 +72,7 @@ def test_real_captures_give_the_counts_that_their_sources_state(
     assert kinds["snapshot", True] == snapshots
     assert kinds["delta", True] == deltas
     assert len(day.rows("ticker")) == tickers
+    assert all(not filing.rejected and not filing.duplicates for filing in day.result.filings.values())
     assert books(rows)
     notes = json.loads(json.dumps({c: f.control for c, f in day.result.filings.items()}))
     assert sum(notes.values()) - sum(1 for _ in session_notes(segments)) == control
@@ -91,8 +94,10 @@ def test_single_frames_of_both_eras_are_read(tmp_path: Path) -> None:
     """Cents and dollars give the same units; a market never traded has no price."""
     lines = [json.loads(line) for line in (REAL_DATA / "ws-single-frames.jsonl").read_text().splitlines()]
     frames = [(NOON + n, line["raw"].encode()) for n, line in enumerate(lines)]
+    assert len(frames) == 16
     segments = record(tmp_path / "raw", {"812-a-0": frames})
     day = normalized(tmp_path / "out", segments, open_ns=0)
+    assert [row["kind"] for row in day.rows("orderbook")] == ["delta"]
     trades = {row["ticker"]: row for row in day.rows("trade")}
     assert len(trades) == 3
     old = trades["KXHIGHCHI-25OCT02-B80.5"]
@@ -123,6 +128,10 @@ def test_every_table_has_its_schema_and_the_days_metadata(tmp_path: Path) -> Non
     file = pq.ParquetFile(day.files["trade"].path)
     column = file.metadata.row_group(0).column(0)
     assert (column.statistics.min, column.statistics.max, column.compression) == ("A", "B.1", "ZSTD")
+    content = bytearray(Path(day.files["trade"].path).read_bytes())
+    content[column.dictionary_page_offset + column.total_compressed_size - 1] ^= 1
+    with pytest.raises(OSError, match="CRC checksum"):
+        pq.read_table(pa.BufferReader(bytes(content)), page_checksum_verification=True)
     assert column.has_offset_index
     assert [row["ticker"] for row in day.rows("trade")] == ["A", "B.1"]
 
@@ -295,6 +304,39 @@ def test_connections_of_one_shard_that_overlap_are_one_account(tmp_path: Path) -
     assert {ticker: sum(book.values()) for ticker, book in books(rows).items()} == final
 
 
+@pytest.mark.parametrize("gap_known", [True, False], ids=["killed", "overlapping"])
+def test_two_replicas_of_which_one_after_the_other_is_killed_are_one_account(tmp_path: Path, gap_known: bool) -> None:
+    """The notes that a killed connection owes are written at the day's end: they do not make its successor a second one.
+
+    Nor does a successor that really overlaps its predecessor, beside the other replica, repeat anything.
+    """
+    story = market_story(random.Random(5), ["A", "B"], start_ns=NOON, count=900)
+    end_ns = story[-1][0] + S
+    owed = (end_ns + 50 * S, b'{"type":"ok","id":7}')
+    first = [*told(story, NOON - S, story[200][0], latency_ns=2 * MS), owed]
+    other = [*told(story, NOON - S, story[500][0], latency_ns=4 * MS), owed]
+    successor = told(story, story[300][0], end_ns, latency_ns=3 * MS)
+    other_successor = told(story, story[600][0], end_ns, latency_ns=5 * MS)
+    segments = record(
+        tmp_path / "raw", {"1-a-0": first, "1-b-0": other, "1-a-1": successor, "1-b-1": other_successor}, every=20
+    )
+    gaps = [
+        Gap(
+            gap_id=f"gap-{conn}", cause="process_crash", from_ns=frames[-2][0], to_ns=story[again][0] + 3 * MS,
+            scope={"conn": conn}, outcome="healed",
+        )
+        for conn, frames, again in (("1-a-0", first, 300), ("1-b-0", other, 600))
+    ]  # fmt: skip
+    day = normalized(tmp_path / "out", segments, gaps=tuple(gaps) if gap_known else ())
+    rows = day.rows("orderbook")
+    changes = Counter((r["ticker"], r["event_ns"], r["clock"], r["size"]) for r in rows if r["kind"] == "delta")
+    expected = Counter((t, at, clock, size) for at, t, clock, size, _ in story)
+    assert changes == expected if gap_known else changes <= expected
+    final = {ticker: level for _, ticker, _, _, level in story}
+    if gap_known:
+        assert {ticker: sum(book.values()) for ticker, book in books(rows).items()} == final
+
+
 def test_a_record_sent_twice_or_out_of_order_is_one_row_in_its_place(tmp_path: Path) -> None:
     """The table is unique and in order where the wire was not."""
     frames = [(NOON + n * S, delta("T", n, NOON + n * S, 100, clock=n)) for n in range(1, 20)]
@@ -381,22 +423,76 @@ def test_a_day_that_started_late_has_what_its_neighbour_saw(tmp_path: Path) -> N
     assert [row["conn"] for row in day.rows("trade")] == ["1-a-0", "1-a-0", "9-a-0", "9-a-0", "9-a-0"]
     assert day.result.from_neighbours["trade"] == 2
     assert day.result.filings["trade"].normalised == 3
+    states = [
+        row["state"] for row in day.rows("coverage") if row["channel"] == "trade" and row["from_ns"] < CLOSE_NS + 4 * S
+    ]
+    assert states == ["present"]
+
+
+def test_days_that_one_recording_held_stand_alone(tmp_path: Path) -> None:
+    """A day that was missed, and one that was rolled to late, have their rows and the books that they open with."""
+    day_ns, late = 86_400 * S, 9_000 * S
+    story = [
+        row
+        for number in range(3)
+        for row in market_story(
+            random.Random(number), ["A", "B"], start_ns=OPEN_NS + number * day_ns + 60 * S, count=200
+        )
+    ]
+    levels: Counter[str] = Counter()
+    story = [(at, ticker, clock, size, 0) for clock, (at, ticker, _, size, _) in enumerate(story, 1)]
+    story = [(at, t, clock, abs(size), levels.update({t: abs(size)}) or levels[t]) for at, t, clock, size, _ in story]
+    rolled_ns = OPEN_NS + 2 * day_ns + late
+    frames = told(story, OPEN_NS, rolled_ns + 3 * S, latency_ns=4 * MS)
+    frames += [(at + MS, trade("A", at // S, at)) for at in (OPEN_NS + n * 43_200 * S + S for n in range(5))]
+    held = record(tmp_path / "d1", {"1-a-0": sorted(frames, key=lambda one: one[0])})
+    before = Neighbour(date=DATE, open_ns=OPEN_NS, close_ns=CLOSE_NS, segments=held, recorded_on=True)
+    last = told(story, rolled_ns, OPEN_NS + 3 * day_ns, latency_ns=4 * MS)
+    own = record(tmp_path / "d3", {"9-a-0": last}, date="2026-11-12")
+    fetched = record(tmp_path / "d2", {"7-rest-1": [(rolled_ns, rest_page([trade_msg("A", 5, CLOSE_NS + S)]))]})
+    for number, segments in ((1, fetched), (2, own)):
+        open_ns = OPEN_NS + number * day_ns
+        day = normalized(
+            tmp_path / f"o{number}",
+            segments,
+            neighbours=(before,),
+            date=f"2026-11-{10 + number}",
+            open_ns=open_ns,
+            close_ns=open_ns + day_ns,
+            channels=("trade", "orderbook_delta"),
+        )
+        rows = day.rows("orderbook")
+        mine = [row for row in story if open_ns <= row[0] < open_ns + day_ns]
+        changes = [(row["ticker"], row["event_ns"], row["clock"]) for row in rows if row["kind"] == "delta"]
+        assert Counter(changes) == Counter((ticker, at, clock) for at, ticker, clock, _, _ in mine)
+        opening = {row["ticker"]: row["size"] for row in rows if row["source"] == "opening_fold"}
+        assert opening == {t: level for at, t, _, _, level in story if at < open_ns}
+        final = {ticker: level for at, ticker, _, _, level in story if at < open_ns + day_ns}
+        assert {ticker: sum(book.values()) for ticker, book in books(rows).items()} == final
+        assert {row["conn"] for row in day.rows("trade")} >= {"1-a-0"}
+        missing = [row for row in day.rows("coverage") if row["state"] == "missing" and row["from_ns"] < rolled_ns]
+        assert [row for row in missing if row["to_ns"] < rolled_ns - S] == []
+        assert set(day.result.filings) == {segment.channel for segment in segments}
 
 
 def test_rows_that_came_after_the_seal_are_late(tmp_path: Path) -> None:
     """A late row is in its table and in `late`; one that belongs to the sealed day before is reported to that day."""
     frames = [
         (NOON, trade("T", 1, NOON)),
-        (NOON + 50 * S, trade("T", 2, NOON + 40 * S)),
+        (NOON + 50 * S, trade("T", 2, NOON - 40 * S)),
+        (NOON + 55 * S, trade("T", 4, NOON + 54 * S)),  # the day was started again, and goes on
         (NOON + 60 * S, trade("T", 3, OPEN_NS - 5 * S)),
+        (NOON + 61 * S, delta("T", 7, OPEN_NS - 6 * S, 100)),
     ]
-    before = Neighbour(date=PREVIOUS, open_ns=OPEN_NS - 86_400 * S, close_ns=OPEN_NS, sealed_ns=OPEN_NS + 60 * S)
-    segments = record(tmp_path / "raw", {"1-a-0": frames})
-    day = normalized(tmp_path / "out", segments, neighbours=(before,), sealed_ns=NOON + S, revision=2)
+    before = Neighbour(date=PREVIOUS, open_ns=OPEN_NS - 86_400 * S, close_ns=OPEN_NS, seals=(OPEN_NS + 60 * S,))
+    fetched = [(NOON + 70 * S, rest_page([trade_msg("T", 5, NOON - 30 * S)]))]
+    segments = record(tmp_path / "raw", {"1-a-0": frames, "1-rest-1": fetched})
+    day = normalized(tmp_path / "out", segments, neighbours=(before,), seals=(NOON + S,), revision=2)
     assert [(row["table"], row["n"]) for row in day.rows("late")] == [("trade", 2)]
     assert json.loads(day.rows("late")[0]["row"])["yes_price"] == 350_000
-    assert len(day.rows("trade")) == 2
-    assert day.result.late_elsewhere == {PREVIOUS: 1}
+    assert len(day.rows("trade")) == 4
+    assert day.result.late == 1
+    assert day.result.late_elsewhere == {PREVIOUS: LateElsewhere(2, NOON + 61 * S)}
     assert day.result.filings["trade"].other_day == 1
 
 

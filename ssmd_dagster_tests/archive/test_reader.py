@@ -176,6 +176,11 @@ def test_a_range_takes_the_recorded_days_in_it(shelf: Shelf) -> None:
     """Both ends are included; a range in which nothing is recorded, one backwards and one of three days are errors."""
     assert len(load(shelf.folder, ["2025-12-01", "2025-12-31"], "trade")) == 36
     assert len(load(shelf.folder, (NEXT, NEXT), "trade")) == 6
+    shelf.put({"trade": [], "coverage": []}, date="2025-12-18")
+    with pytest.raises(
+        DayNotFoundError, match="not recorded, though days before and after are: 2025-12-16, 2025-12-17"
+    ):
+        load(shelf.folder, (DATE, "2025-12-31"), "trade")
     with pytest.raises(DayNotFoundError, match="no day from 2025-11-01 to 2025-11-30"):
         load(shelf.folder, ("2025-11-01", "2025-11-30"), "trade")
     with pytest.raises(UsageError, match="ends before it begins"):

@@ -9,13 +9,15 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pyarrow.parquet as pq
 import pytest
 
+from ssmd_dagster.archive.figures import figures
 from ssmd_dagster.archive.layout import drift_key
 from ssmd_dagster.archive.pictures import Bar, Lane, Range, Stretch, bars, lanes, markdown, ranges, strip
 from ssmd_dagster.archive.recorded import BrokenFileError, DayNotFoundError, DayNotReadyError, Findings, find
-from ssmd_dagster.archive.report import figures, page, pictures, report
+from ssmd_dagster.archive.report import drawn, page, pictures, report
 from ssmd_dagster.archive.tables import SCHEMAS, table_from_rows
 from ssmd_dagster.day.events import Gap
 from ssmd_dagster.day.ledger import ChannelLedger, Explanation, Ledger
@@ -95,13 +97,19 @@ def test_a_short_day_has_shorter_bins() -> None:
     assert found.bins["trade"] == [0] * 59 + [1]
 
 
-def test_pictures_take_tables_as_they_are(shelf: Shelf) -> None:
-    """What Dagster shows beside a day: SVG by name, and Markdown of it without a file."""
-    sealed = find(shelf.folder).sealed(DATE)
+def test_pictures_are_drawn_from_what_the_normaliser_left(shelf: Shelf) -> None:
+    """What Dagster shows beside a day: SVG by name, and Markdown of it without a file; the tables are not needed for it."""
+    recorded = find(shelf.folder)
+    sealed, coverage = recorded.sealed(DATE), recorded.file(DATE, "coverage")
     assert sealed is not None
-    made = pictures(sealed, {"trade": table_from_rows("trade", [trade("KX-A", 1)])})
-    assert list(made) == ["messages", "latency", "markets"]
-    assert pictures(sealed, {}) == {}
+    assert coverage is not None
+    found = figures(sealed, {"trade": table_from_rows("trade", [trade("KX-A", 1)])})
+    findings = msgspec.json.encode({"drift": [], "figures": found})
+    made = pictures(sealed, findings, Path(coverage.path).read_bytes())
+    assert list(made) == ["messages", "coverage", "latency", "markets"]
+    assert made["latency"] == drawn(sealed, found)["latency"]
+    assert list(pictures(sealed, b'{"drift":[]}', Path(coverage.path).read_bytes())) == ["coverage"]
+    assert pictures(sealed, None, None) == {}
     text = markdown(made)
     encoded = re.findall(r"!\[messages\]\(data:image/svg\+xml;base64,([^)]+)\)", text)
     assert base64.b64decode(encoded[0]).decode() == made["messages"]

@@ -24,6 +24,7 @@ from ssmd_dagster.capture.setting import Setting
 from ssmd_dagster.capture.spool import SpoolWriter, read_spool, spool_path, spooled_connections, spooled_records
 from ssmd_dagster.capture.watch import ClockStep, Stalled, Suspended, read_clocks
 from ssmd_dagster.clock import system_clock
+from ssmd_dagster.day.calendar import Window
 from ssmd_dagster.environments.home import spool_dir
 from ssmd_dagster.errors import ConfigurationError, UnreachableError
 from ssmd_dagster.exchange import (
@@ -430,6 +431,32 @@ async def test_the_exchange_is_asked_why_it_is_gone(
     day = await book.day(DATE)
     assert day is not None
     assert [gap.cause for gap in day.gaps] == causes
+
+
+async def test_an_exchange_that_does_not_answer_is_in_the_maintenance_that_it_announced(
+    setting: Setting, stores: Stores, book: DayBook, exchange: FakeExchange
+) -> None:
+    """What was asked before counts where nothing can be asked now; what came before the window is lost."""
+    silent = UnreachableError("no answer")
+    began_ns = setting.clock() + 300_000_000
+    await stores.cache.put_maintenance([Window(began_ns, began_ns + 3_600_000_000_000)])
+
+    async def closed(at_ns: int) -> Closed | None:
+        raise silent
+
+    exchange.closed = closed  # type: ignore[method-assign]
+    async with recording(setting, exchange) as connector:
+        await eventually(lambda: connector._status()["state"] == "subscribed")
+        exchange.connections[0].send(1)
+        exchange.connect_errors = [silent]
+        await eventually(lambda: setting.clock() > began_ns)
+        exchange.connections[0].drop("closed by the exchange: 1001 maintenance")
+        await eventually(lambda: connector._status()["conn"] == "3-a-2" and connector._state == "subscribed")
+        await eventually(lambda: connector._gaps.waiting == 0)
+    day = await book.day(DATE)
+    assert day is not None
+    assert [gap.cause for gap in day.gaps] == ["connection_lost", "exchange_maintenance"]
+    assert day.gaps[1].from_ns == day.gaps[0].to_ns == began_ns
 
 
 async def test_a_host_that_slept_gets_a_new_connection(

@@ -23,7 +23,7 @@ from ssmd_dagster.capture.spool import read_spool, spool_path, spooled_connectio
 from ssmd_dagster.day.events import Gap
 from ssmd_dagster.environments.home import spool_dir
 from ssmd_dagster.exchange import ExchangeSettings, MarketSelection
-from ssmd_dagster.kalshi import Kalshi
+from ssmd_dagster.kalshi.client import Kalshi
 from ssmd_dagster.stores.connect import Stores
 from ssmd_dagster.stores.daybook import DayBook
 from ssmd_dagster_tests.capture.conftest import MakeSetting

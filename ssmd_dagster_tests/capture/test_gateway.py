@@ -353,6 +353,24 @@ async def test_what_is_no_batch_is_counted_and_stops_nothing(
     assert gateway._status()["damaged_batches"] == 3
 
 
+async def test_what_nobody_wants_is_not_unpacked(
+    stores: Stores, gateway: Gateway, connect: Connect, recording: Recording
+) -> None:
+    """A batch of a channel that no client has subscribed is passed over unread: spoilt records in it go unnoticed."""
+    socket = await connect()
+    await ask(socket, op="subscribe", channels=["ticker"])
+    for name in ("trade", "ticker"):
+        recording.frame(name)
+    recording.recorder.flush()
+    spoilt, whole = (bytearray(encoded) for encoded in recording.batches())
+    spoilt[20] ^= 1
+    for channel, data in (("trade", spoilt), ("ticker", whole)):
+        taken = await stores.raw_stream.publish(bytes(data), date=DATE, channel=channel, conn="c", batch=0, records=1)
+        await taken
+    assert (await next_message(socket))["channel"] == "ticker"
+    assert gateway._status()["damaged_batches"] == 0
+
+
 async def test_health_says_how_the_gateway_fares(
     setting: Setting, stores: Stores, gateway: Gateway, connect: Connect, recording: Recording
 ) -> None:

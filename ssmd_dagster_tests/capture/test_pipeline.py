@@ -124,7 +124,7 @@ async def test_batches_reach_spool_and_stream_in_the_order_of_the_flushes(line: 
     assert line.stream.taken == line.spooled() == line.submitted
     assert list(line.stream.data.values()) == spooled_batches(line.folder / "812-a-0.batches")
     assert (line.pipeline.unacked_batches, line.pipeline.unacked_bytes, line.pipeline.unsealed_bytes) == (0, 0, 0)
-    assert line.pipeline.acked_batches == 200
+    assert (line.pipeline.acked_batches, line.pipeline.acked_records) == (200, 200)
 
 
 async def test_nothing_is_published_before_it_is_in_the_spool(line: Line) -> None:

@@ -5,9 +5,14 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from ssmd_dagster.cli.day import FAULTS_SHOWN, print_ledger, print_verification
+from ssmd_dagster.cli.day import FAULTS_SHOWN, print_day, print_ledger, print_verification
 from ssmd_dagster.day.ledger import BooksLedger, Explanation, Ledger, TradesLedger, WireLedger
+from ssmd_dagster.day.payloads import DriftCount, DriftFound
+from ssmd_dagster.day.states import EventName
+from ssmd_dagster.stores.cache import DayStats
 from ssmd_dagster.workflows.verify_sealed import Verification
+from ssmd_dagster.workflows.views import DayView
+from ssmd_dagster_tests.day.builders import started
 from ssmd_dagster_tests.day.test_ledger import trade_ledger
 
 
@@ -84,3 +89,51 @@ def test_many_faults_are_cut_short(capsys: pytest.CaptureFixture[str]) -> None:
     assert sum("fault " in line for line in lines) == FAULTS_SHOWN
     assert f"  and {1_000 - FAULTS_SHOWN} more; --json has all of them" in lines
     assert "Trading day 2025-12-14 is not what was sealed; its condition is now degraded" in lines
+
+
+def test_what_mends_a_fault_is_said_last(capsys: pytest.CaptureFixture[str]) -> None:
+    """One line for each thing that can be done."""
+    print_verification(msgspec.structs.replace(verification("fault"), mend=("Put it back.", "Replay it.")))
+    assert printed(capsys)[-2:] == ["To mend it: Put it back.", "To mend it: Replay it."]
+
+
+DRIFT = {"fingerprints": 12, "most": [{"kind": "key", "name": "trade.msg.foo", "json_type": "string", "count": 120}]}
+
+
+def view(*, filed: bool = False) -> DayView:
+    """A COMPLETE day that was sealed, with drift, and was told of three late rows."""
+    log = started()
+    log.add(EventName.END_REQUESTED)
+    log.add(EventName.COMPLETED)
+    log.add(EventName.SEALED, data={"drift": DRIFT})
+    log.add(EventName.CONDITION_CHANGED, data={"late": {"rows": 3, "until_ns": 5, "filed": filed}})
+    day = log.day()
+    return DayView(day=day, state=day.state, error=None, messages=9, gaps=0, stats=None, components={}, at_ns=9)
+
+
+def test_late_rows_and_drift_are_shown_with_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
+    """Late rows until a table has them, and what the reader did not know, with where its examples are."""
+    print_day("kalshi-sim", view())
+    lines = printed(capsys)
+    assert "Late Rows: 3, no table has them yet: ssmd day normalize kalshi-sim --date 2025-12-14" in lines
+    assert (
+        "Drift: 12 unknown keys, types or shapes (key trade.msg.foo string ×120, …); "
+        "examples: ssmd day report kalshi-sim 2025-12-14"
+    ) in lines
+    print_day("kalshi-sim", view(filed=True))
+    assert "Late Rows: 3, in the table `late`" in printed(capsys)
+    plain = view().to_json("kalshi-sim")
+    assert (plain["late"]["rows"], plain["drift"]["fingerprints"], plain["unknown"]) == (3, 12, 0)
+
+
+def test_drift_of_a_running_day_is_shown_as_far_as_it_is_known(capsys: pytest.CaptureFixture[str]) -> None:
+    """Messages of no known type so far, and the unknown keys of the newest ones."""
+    day = started().day()
+    stats = DayStats(messages=9, gaps=0, bytes=1, by_channel={"trade": 7, "other": 2})
+    running = DayView(day=day, state=day.state, error=None, messages=9, gaps=0, stats=stats, components={}, at_ns=9)
+    newest = DriftFound(fingerprints=1, most=(DriftCount(kind="key", name="trade.msg.foo", json_type="int", count=7),))
+    print_day("kalshi-sim", running, newest=newest)
+    assert [line for line in printed(capsys) if line.startswith("Drift")] == [
+        "Drift: 2 messages so far that are of no known type or cannot be read",
+        "Drift: 1 unknown keys, types or shapes (key trade.msg.foo int ×7) in the newest messages",
+    ]

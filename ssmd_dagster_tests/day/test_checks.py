@@ -11,6 +11,7 @@ from ssmd_dagster.day.calendar import Window
 from ssmd_dagster.day.checks import CHECKS, DESCRIPTIONS, Check, checks_of
 from ssmd_dagster.day.events import TradingDay
 from ssmd_dagster.day.ledger import BooksLedger, ChannelLedger, Ledger, TradesLedger, WireLedger
+from ssmd_dagster.day.payloads import DriftCount, DriftFound, Sealed
 from ssmd_dagster_tests.day.builders import started
 
 WINDOW = Window(open_ns=0, close_ns=86_400_000_000_000)
@@ -38,12 +39,15 @@ CLEAN = Ledger(
 )
 
 
-def day(ledger: Ledger | None) -> TradingDay:
-    """Return a day with a ledger."""
+NO_DRIFT = DriftFound(fingerprints=0)
+
+
+def day(ledger: Ledger | None, drift: DriftFound | None = NO_DRIFT) -> TradingDay:
+    """Return a day with a ledger and a seal."""
     log = started()
-    return replace(
-        log.day(), ledger=None if ledger is None else ledger.to_json(), started_ns=1, ended_ns=WINDOW.close_ns
-    )
+    sealed = Sealed(manifest_sha256="00", root_hash="11", revision=1, drift=drift)
+    plain = None if ledger is None else ledger.to_json()
+    return replace(log.day(), ledger=plain, started_ns=1, ended_ns=WINDOW.close_ns, sealed=sealed)
 
 
 def answers(ledger: Ledger | None) -> dict[str, Check]:
@@ -87,6 +91,26 @@ def test_nothing_to_look_at_is_no_success() -> None:
     none = replace(CLEAN, trades=TradesLedger(exchange=0, captured=0, repaired=0, missing=0, extra=0))
     check = answers(none)["trades_against_exchange"]
     assert (check.passed, check.text, check.blocking) == (False, "there was nothing to look at", False)
+
+
+@pytest.mark.parametrize(
+    ("drift", "text"),
+    [
+        (None, "nobody has looked"),
+        (
+            DriftFound(
+                fingerprints=2,
+                most=(DriftCount(kind="key", name="trade.msg.foo", json_type="string", count=1_200),),
+            ),
+            "9 records read, 2 unknown keys, types or shapes (key trade.msg.foo string ×1,200, …)",
+        ),
+    ],
+)
+def test_what_the_reader_does_not_know_is_a_warning(drift: DriftFound | None, text: str) -> None:
+    """It names what and how often; a day of which nobody looked does not pass either."""
+    (check,) = [check for check in checks_of(day(CLEAN, drift), WINDOW) if check.name == "drift"]
+    assert (check.passed, check.blocking) == (False, False)
+    assert check.text.startswith(text)
 
 
 def test_a_late_day_fails_on_time() -> None:

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ssmd_dagster.day.condition import MAX_GAPS_NAMED, NEVER_DEGRADE, RULES_VERSION, condition
+from ssmd_dagster.day.condition import MAX_GAPS_NAMED, NEVER_DEGRADE, RULES_VERSION, condition, with_late_rows
 from ssmd_dagster.day.events import Gap
 from ssmd_dagster.day.ledger import Ledger, TradesLedger
+from ssmd_dagster.day.payloads import LateRows
 from ssmd_dagster_tests.day.test_ledger import ledgers, trade_ledger
 
 CLEAN = msgspec.structs.replace(
@@ -46,7 +47,8 @@ def test_a_clean_day_is_available() -> None:
         ({"gaps": (GAP,)}, "degraded", "gap g1 (connection_lost) stays"),
         ({"gaps": (msgspec.structs.replace(GAP, outcome="open"),)}, "degraded", "gap g1 (connection_lost) is open"),
         ({"source": "replay"}, "degraded", "replayed source"),
-        ({"late_rows": 3}, "degraded", "3 rows arrived after the seal"),
+        ({"late": LateRows(rows=3, filed=True)}, "degraded", "3 rows arrived after the seal"),
+        ({"late": LateRows(rows=3)}, "degraded", "3 rows arrived after the seal, and no table has them yet"),
         ({"ledger": trade_ledger()}, "degraded", "trade: 1 rejected (bad_json)"),
         (
             {
@@ -112,3 +114,15 @@ def test_a_thousand_gaps_are_counted_by_cause_behind_the_first_ones() -> None:
     assert (value, len(reasons)) == ("degraded", MAX_GAPS_NAMED + 1)
     assert reasons[0] == "gap g0 (connection_lost) stays: trades repaired"
     assert reasons[-1] == f"{1_000 - MAX_GAPS_NAMED} more gaps (connection_lost)"
+
+
+def test_late_rows_change_a_verdict_and_leave_its_other_reasons() -> None:
+    """They are counted once, however often they are told of; where they were none, the day is what it was before."""
+    told = with_late_rows("available", (), LateRows(rows=3))
+    assert told.value == "degraded"
+    filed = with_late_rows(told.value, ("forced by cli:a@b", *told.reasons), LateRows(rows=2, filed=True))
+    assert (filed.value, filed.reasons) == ("degraded", ("forced by cli:a@b", "2 rows arrived after the seal"))
+    none = with_late_rows(told.value, told.reasons, LateRows(rows=0, filed=True))
+    assert (none.value, none.reasons) == ("available", ())
+    pending = with_late_rows("pending", ("not computed: books",), LateRows(rows=1))
+    assert (pending.value, len(pending.reasons)) == ("pending", 2)

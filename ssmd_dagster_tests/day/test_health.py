@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ssmd_dagster.day.health import CONFIRM_S, QUIET_S, Look, judge
+from ssmd_dagster.day.health import CONFIRM_S, QUIET_S, Look, is_doubtful, judge
+from ssmd_dagster.day.payloads import DriftCount, DriftFound
 
 NOW = 1_765_700_000_000_000_000
 _NS = 1_000_000_000
@@ -62,3 +63,40 @@ def test_an_archive_that_lags_behind_is_a_warning_and_a_quiet_exchange_is_not() 
     """The lag is counted from the last frame that came."""
     assert judge(look(lag_ms=90_000), {}).warnings == ("the archive lags 89 s behind",)
     assert judge(look(lag_ms=90_000, quiet_s=89), {}).warnings == ()
+
+
+def test_messages_of_no_known_type_are_a_warning_while_the_day_runs() -> None:
+    """They are counted, and make no ERROR."""
+    verdict = judge(look(unknown=1_200), {})
+    assert verdict.error is None
+    assert verdict.warnings == ("drift: 1,200 messages so far that are of no known type or cannot be read",)
+    newest = DriftFound(fingerprints=1, most=(DriftCount(kind="key", name="trade.msg.foo", json_type="int", count=7),))
+    assert judge(look(drift=newest), {}).warnings == (
+        "drift: 1 unknown keys, types or shapes (key trade.msg.foo int ×7) in the newest messages",
+    )
+
+
+def test_in_announced_maintenance_neither_silence_nor_a_lost_connection_is_an_error() -> None:
+    """Whether the exchange says that it is closed or says nothing at all; a dead process still is one."""
+    error, later = "no answer", NOW + 15 * _NS
+    for answer in (None, False):
+        first = judge(look(error=error, open=answer, maintenance=True, quiet_s=QUIET_S + 1), {})
+        verdict = judge(look(error=error, open=answer, maintenance=True, at_ns=later, quiet_s=QUIET_S + 16), first.seen)
+        assert verdict.error is None
+        assert verdict.warnings == ("connector-a: no answer", "the exchange is in announced maintenance")
+    first = judge(look(open=True, maintenance=True, quiet_s=QUIET_S + 1), {})
+    assert (first.error, first.seen) == (None, {})
+    dead = judge(look(without="archiver", maintenance=True), {"archiver gives no heartbeat": NOW - CONFIRM_S * _NS})
+    assert dead.error == "archiver gives no heartbeat"
+
+
+def test_a_lost_connection_is_an_error_while_the_exchange_is_open_or_gone_unannounced() -> None:
+    """The exchange is asked as soon as a recorder has no connection; closed without a word before, it is a warning."""
+    assert [is_doubtful(look()), is_doubtful(look(error="no answer")), is_doubtful(look(quiet_s=QUIET_S + 1))] == [
+        False,
+        True,
+        True,
+    ]
+    for answer, error in ((True, "connector-a: no answer"), (None, "connector-a: no answer"), (False, None)):
+        seen = {"connector-a: no answer": NOW - CONFIRM_S * _NS}
+        assert judge(look(error="no answer", open=answer), seen).error == error

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ssmd_dagster.day.calendar import TradingCalendar
+from ssmd_dagster.day.calendar import TradingCalendar, Window
 from ssmd_dagster.day.events import EMPTY_BOOK
 from ssmd_dagster.day.reconcile import (
     BACK_OFF_MIN,
@@ -70,7 +70,7 @@ def failed(log: Log, day: date, event: EventName, *, transient: bool, exit_code:
 
 def decided(log: Log, at_ns: int, *, auto_roll: bool = True, **facts: Any) -> Plan:
     """Return what is to be done."""
-    known = Facts(**{name: frozenset(day.isoformat() for day in days) for name, days in facts.items()})
+    known = Facts(**{name: frozenset(day.isoformat() for day in days) for name, days in facts.items()})  # type: ignore[arg-type]
     return plan(ENV, log.book, calendar(auto_roll=auto_roll), at_ns, known)
 
 
@@ -123,8 +123,8 @@ def test_three_days_without_a_daemon_while_the_capture_records_on() -> None:
     made = decided(log, ns(today, "09:00"), recording=[DAY])
     assert asked(made) == [("roll", DAY.isoformat())]
     between = [(DAY + timedelta(days=days)).isoformat() for days in (1, 2)]
-    assert [(missed.date, missed.reason) for missed in made.missed] == [
-        (day, f"{RECORDED_WITH} {DAY}") for day in between
+    assert [(missed.date, missed.reason, missed.recorded_with) for missed in made.missed] == [
+        (day, f"{RECORDED_WITH} {DAY}", DAY.isoformat()) for day in between
     ]
     assert {flag.kind for flag in made.flags} == {"late"}
 
@@ -139,18 +139,22 @@ def test_three_days_without_the_machine() -> None:
     assert [missed.reason.startswith(NOBODY) for missed in made.missed] == [True, True]
 
 
-def test_missed_days_are_replayed_and_those_recorded_with_another_are_not() -> None:
+@pytest.mark.parametrize("recorder", [DayState.ACTIVE, DayState.COMPLETE])
+def test_missed_days_are_replayed_and_those_recorded_with_another_once_that_is_complete(recorder: DayState) -> None:
     """Once journaled, a day that nobody started is replayed; the others have their messages."""
     log = Log()
-    put(log, DAY, DayState.ACTIVE)
+    put(log, DAY, recorder)
     for days, reason in ((1, f"{NOBODY}, and it is over"), (2, f"{RECORDED_WITH} {DAY}"), (3, "paused by cli:a@b")):
         missed = (DAY + timedelta(days=days)).isoformat()
         log.add(_E.DEFINED, date=missed, at_ns=ns(DAY))
-        log.add(_E.MISSED, date=missed, at_ns=ns(DAY), reason=reason)
+        data = {"recorded_with": DAY.isoformat()} if days == 2 else {}
+        log.add(_E.MISSED, date=missed, at_ns=ns(DAY), reason=reason, data=data)
     today = DAY + timedelta(days=4)
     put(log, today, DayState.ACTIVE)
     made = decided(log, ns(today), recording=[DAY, today])
-    assert asked(made) == [("end", DAY.isoformat()), ("replay", (DAY + timedelta(days=1)).isoformat())]
+    nobodys, held = ("replay", (DAY + timedelta(days=1)).isoformat()), ("replay", (DAY + timedelta(days=2)).isoformat())
+    expected = [nobodys, held] if recorder is DayState.COMPLETE else [("end", DAY.isoformat()), nobodys]
+    assert asked(made) == expected
     assert made.missed == ()
 
 
@@ -295,3 +299,21 @@ def test_after_so_many_failures_a_person_is_needed() -> None:
     """A replay is tried three times."""
     runs = [Run(ended_s=0.0, succeeded=False)] * MOST_TRIES["replay"]
     assert permission("replay", runs, 9e9).why_not == "3 runs of it failed; a person is needed"
+
+
+@pytest.mark.parametrize("state", [None, DayState.ACTIVE])
+def test_a_start_or_a_roll_waits_for_announced_maintenance_to_end(state: DayState | None) -> None:
+    """It would fail; what waits is said with the end of the window, what is late is flagged, and then it is asked for."""
+    log = Log()
+    put(log, DAY, state or DayState.COMPLETE)
+    today = DAY + timedelta(days=1)
+    verb = "start" if state is None else "roll"
+    facts = Facts(recording=frozenset({DAY.isoformat()}), maintenance=(Window(ns(today, "00:00"), ns(today, "02:00")),))
+    during, after = (plan(ENV, log.book, calendar(), ns(today, at), facts) for at in ("01:00", "02:00"))
+    assert verb not in [ask.verb for ask in during.asks]
+    date_ = (today if state is None else DAY).isoformat()
+    until = "2025-12-15T02:00:00+00:00"
+    assert during.waiting == (
+        f"the {verb} of {date_} waits for the exchange's announced maintenance to end, at {until}",
+    )
+    assert (after.waiting, [ask.verb for ask in after.asks]) == ((), [verb])

@@ -80,6 +80,14 @@ def test_every_failure_is_told_with_the_command_to_run() -> None:
     assert alert.text.startswith(
         f"[FAILED] {ENV} {DATE}: gave_up at recover: connector dies at once | run: ssmd day end "
     )
+    log = Log()
+    log.add(EventName.DEFINED)
+    log.add(EventName.MISSED, reason="nobody started it, and it is over")
+    alert = told(log)
+    assert alert is not None
+    assert alert.text.endswith(
+        f"nobody started it, and it is over | run: ssmd day backfill {ENV} --from {DATE} --to {DATE}"
+    )
     log = started()
     log.add(EventName.END_REQUESTED)
     log.add(EventName.COMPLETED)

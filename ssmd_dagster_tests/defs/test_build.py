@@ -85,6 +85,15 @@ def test_jobs_carry_their_lane_limits_and_partitions(tmp_path: Path) -> None:
     assert all(op.description for op in defs.resolve_job_def("kalshi_prod_start_day").graph.node_defs)
 
 
+def test_a_job_works_for_its_own_environment_only(tmp_path: Path) -> None:
+    """The launchpad shows the environment as configuration; another one there fails the run before anything is done."""
+    job = build_definitions(load_registry(copied(tmp_path))).resolve_job_def("kalshi_sim_sync_markets")
+    config = {"resources": {"desk": {"config": {"environment": "kalshi-prod"}}}}
+    run = job.execute_in_process(run_config=config, partition_key="2026-01-02", raise_on_error=False)
+    (failed,) = [event for event in run.all_events if event.event_type is dg.DagsterEventType.PIPELINE_FAILURE]
+    assert "This is a job of kalshi-sim, but its configuration names kalshi-prod" in str(failed.event_specific_data)
+
+
 def test_only_enabled_environments_have_schedules(tmp_path: Path) -> None:
     """`enabled` gives an environment its schedules, running; `auto_roll` decides whether a day is rolled or ended."""
     folder = copied(tmp_path)

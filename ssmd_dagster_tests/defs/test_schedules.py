@@ -16,9 +16,10 @@ from dagster._utils.schedules import schedule_execution_time_iterator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssmd_dagster.day.calendar import TradingCalendar
+from ssmd_dagster.day.calendar import TradingCalendar, Window
+from ssmd_dagster.day.events import EMPTY_BOOK
 from ssmd_dagster.defs.build import build_definitions
-from ssmd_dagster.defs.schedules import before, closed_at, rolled_at, started_at
+from ssmd_dagster.defs.schedules import _Seen, before, closed_at, rolled_at, started_at
 from ssmd_dagster.defs.watch import Found, Watch
 from ssmd_dagster.environments.loader import load_registry
 from ssmd_dagster.errors import UnreachableError
@@ -28,6 +29,9 @@ from ssmd_dagster_tests.environments.folders import changed, copied
 NEW_YORK = "America/New_York"
 SPRING, AUTUMN = date(2026, 3, 8), date(2026, 11, 1)
 """Dates on which New York's clocks go forward (02:00 to 03:00) and back (02:00 to 01:00)."""
+
+
+NOON_NS = int(datetime(2026, 3, 2, 12, tzinfo=UTC).timestamp()) * 1_000_000_000
 
 
 class Away(Watch):
@@ -52,13 +56,26 @@ class Ticking(NamedTuple):
         return self.schedule.evaluate_tick(context)
 
 
-def schedule_of(tmp_path: Path, verb: str, *, start: str, end: str, zone: str, roll: bool) -> Ticking:
+class Maintained(Away):
+    """An exchange that has announced maintenance for now."""
+
+    def look(
+        self, names: Iterable[str], work: object, *, actor: str, timeout_s: float = 1.0
+    ) -> Mapping[str, Found[Any]]:
+        """Find an empty journal and a window."""
+        window = Window(NOON_NS - 3_600_000_000_000, NOON_NS)
+        return {name: Found(_Seen(book=EMPTY_BOOK, moved=False, maintenance=window), None) for name in names}
+
+
+def schedule_of(
+    tmp_path: Path, verb: str, *, start: str, end: str, zone: str, roll: bool, watch: Watch | None = None
+) -> Ticking:
     """Return a schedule of an environment with these times."""
     tmp_path.mkdir(exist_ok=True)
     folder = copied(tmp_path)
     changes = {"schedule": {"timezone": zone, "day_start": start, "day_end": end, "auto_roll": roll}}
     changed(folder / "environments" / "kalshi-sim.yaml", changes)
-    defs = build_definitions(load_registry(folder), watch=Away())
+    defs = build_definitions(load_registry(folder), watch=watch or Away())
     repository = defs.get_repository_def()
     return Ticking(repository.get_schedule_def(f"kalshi_sim_{verb}_day_schedule"), repository)
 
@@ -116,6 +133,21 @@ def test_times_that_the_clock_skips_or_repeats_make_one_tick_for_the_right_day(t
     assert days_of(repeated, AUTUMN) == [
         *(("31 01:30", "2026-10-31"), ("01 01:30", "2026-11-01"), ("02 01:30", "2026-11-02"))
     ]
+
+
+@pytest.mark.parametrize("verb", ["start", "roll", "end"])
+def test_in_announced_maintenance_nothing_is_started_and_a_day_is_ended_all_the_same(tmp_path: Path, verb: str) -> None:
+    """A tick is skipped with the end of the window; an end needs no connection."""
+    roll = verb == "roll"
+    ticking = schedule_of(tmp_path, verb, start="09:30", end="16:00", zone="UTC", roll=roll, watch=Maintained())
+    answer = ticking.tick(datetime(2026, 3, 2, 11, 30, tzinfo=UTC))
+    if verb == "end":
+        assert answer.run_requests
+    else:
+        assert answer.skip_message == (
+            "the exchange of kalshi-sim is in announced maintenance until 2026-03-02T12:00:00+00:00; "
+            "reconcile asks for the run after it"
+        )
 
 
 def test_nothing_is_asked_for_before_the_first_day(tmp_path: Path) -> None:

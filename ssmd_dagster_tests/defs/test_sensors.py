@@ -24,7 +24,8 @@ from ssmd_dagster.defs.watch import Watch
 from ssmd_dagster.environments.loader import load_registry
 from ssmd_dagster.workflows.desk import Desk, open_desk
 from ssmd_dagster_tests.environments.folders import changed
-from ssmd_dagster_tests.house import House
+from ssmd_dagster_tests.house import House, until
+from ssmd_dagster_tests.workflows.replaying import sim
 
 MARKER = "ssmd_dagster.alerts"
 
@@ -300,3 +301,32 @@ def test_a_broken_environment_has_a_sensor_that_says_so(in_house: House, env_nam
     with pytest.raises(dg.Failure, match="got '25:10'"):
         sensor(dg.build_sensor_context())
     path.unlink()
+
+
+def test_schedules_of_an_exchange_whose_clock_is_moved_fire_by_that_clock(
+    looking: Dagster, in_house: House, simulated: str
+) -> None:
+    """While its clock is the host's the schedules fire; moved to another day, they say so and the sensor does."""
+    slug = simulated.replace("-", "_")
+    day = date.fromisoformat(in_house.today()) - timedelta(days=3)
+    schedule = looking.repository.get_schedule_def(f"{slug}_start_day_schedule")
+    due = datetime.combine(day, datetime.min.time(), in_house.timezone) + timedelta(minutes=10)
+
+    def set_clock(at: datetime) -> None:
+        sim(in_house, simulated, "/sim/clock", {"set": at.isoformat()})
+
+    def scheduled() -> Any:
+        return schedule.evaluate_tick(
+            dg.build_schedule_context(scheduled_execution_time=due, repository_def=looking.repository)
+        )
+
+    assert "follows the host's clock" in looking.tick("moved_clocks").skip_message
+    (request,) = scheduled().run_requests
+    assert request.partition_key == day.isoformat()
+    set_clock(due - timedelta(minutes=5))
+    until(lambda: "is moved" in (scheduled().skip_message or ""))
+    assert looking.tick("moved_clocks").run_requests == []
+    set_clock(due)
+    (request,) = until(lambda: looking.tick("moved_clocks").run_requests)
+    assert (request.job_name, request.partition_key) == (f"{slug}_start_day", day.isoformat())
+    assert looking.tick("moved_clocks").run_requests == []

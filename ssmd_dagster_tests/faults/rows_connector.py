@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import signal
 import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import psutil
+import pyarrow.compute as pc
 
+from ssmd_dagster.archive.batch import Batch, decode_records, scan
+from ssmd_dagster.capture.programs import connector_names
 from ssmd_dagster.capture.setting import clock_path
 from ssmd_dagster_tests.faults.scenario import scenario
 from ssmd_dagster_tests.faults.stage import ENV, NS, Stage
 
 CONNECTOR = "capture.connector"
+MS = 1_000_000
 
 
 def causes(stage: Stage) -> set[str]:
@@ -27,12 +35,12 @@ def only(stage: Stage, *wanted: str) -> None:
     assert causes(stage) <= set(wanted), stage.shown()["gaps"]
 
 
-def new_connection(stage: Stage, before: str, timeout_s: float = 60.0) -> None:
+def new_connection(stage: Stage, before: str, timeout_s: float = 60.0, *, component: str = "connector-a") -> None:
     """Wait until the connector records on another connection than `before`."""
     stage.wait(
         lambda: (
-            stage.beat("connector-a").get("conn") not in (None, before)
-            and stage.beat("connector-a").get("state") == "subscribed"
+            stage.beat(component).get("conn") not in (None, before)
+            and stage.beat(component).get("state") == "subscribed"
         ),
         "a new connection",
         timeout_s,
@@ -71,6 +79,70 @@ def one_of_two_killed(stage: Stage) -> None:
     stage.end()
     day = stage.shown()
     assert {gap["outcome"] for gap in day["gaps"]} == {"healed"}, day["gaps"]
+
+
+@scenario(
+    "C2",
+    "kill -9 of both connectors at once",
+    "that time is declared, and only that; the tables have each thing exactly once",
+    capture={"connections": 2},
+)
+def both_of_two_killed(stage: Stage) -> None:
+    """Each in turn, whose gaps are healed, then both in one instant, whose gaps stay."""
+    stage.wait(lambda: stage.connectors() == ["connector-a", "connector-b"], "both connectors")
+    since = time.monotonic()
+    for dying in (["a"], ["b"], ["a", "b"]):
+        stage.pause(1.5, 2.5)
+        before = {shard: stage.beat(f"connector-{shard}")["conn"] for shard in dying}
+        since = time.monotonic()
+        for shard in dying:
+            stage.kill(f"{CONNECTOR} {ENV} {stage.date} {shard}")
+        for shard in dying:
+            new_connection(stage, before[shard], component=f"connector-{shard}")
+        stage.flows()
+    stage.recovered(since)
+    stage.end()
+    gaps = stage.shown()["gaps"]
+    assert {gap["cause"] for gap in gaps} == {"process_crash"}, gaps
+    assert sorted(gap["outcome"] for gap in gaps) == ["healed", "healed", "stays", "stays"], gaps
+    each_once(stage)
+
+
+def each_once(stage: Stage) -> None:
+    """See that the tables have every change of a book, and every trade, that any connection or page has, exactly once."""
+    changes, trades = Counter[tuple[str, int]](), set[str]()
+    objects = stage.objects(stage.date)
+    manifest = json.loads(objects["manifest.json"])
+    of_conn: dict[str, Counter[tuple[str, int]]] = defaultdict(Counter)
+    for wire, conn in frames_of(objects):
+        msg = wire["msg"]
+        if wire["type"] == "orderbook_delta" and manifest["open_ns"] <= msg["ts_ms"] * MS < manifest["close_ns"]:
+            of_conn[conn][msg["market_ticker"], msg["clock"]] += 1
+        elif wire["type"] == "trade" and manifest["open_ns"] <= msg["ts_ms"] * MS < manifest["close_ns"]:
+            trades.add(msg["trade_id"])
+        elif wire["type"] == "rest_trades":
+            trades |= {row["trade_id"] for row in msg["trades"]}
+    for counted in of_conn.values():  # two sockets are sent the same, and one is sent it once
+        changes |= counted
+    table = stage.table("orderbook").filter(pc.field("kind") == "delta")
+    found = Counter(zip(table["ticker"].to_pylist(), table["clock"].to_pylist(), strict=True))
+    assert found == changes, f"{(found - changes).total()} too many, {(changes - found).total()} missing"
+    ids = Counter(stage.table("trade")["trade_id"].to_pylist())
+    assert max(ids.values()) == 1
+    assert set(ids) == trades
+    stage.notes["each once"] = {"changes": changes.total(), "trades": len(trades)}
+
+
+def frames_of(objects: Mapping[str, bytes]) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield every message of a day's segments that is JSON with a `msg`, and its connection."""
+    for name, data in sorted(objects.items()):
+        if name.startswith(("orderbook-", "trades-", "rest-")):
+            for item in scan(data):
+                if isinstance(item, Batch):
+                    for line in decode_records(data, item).splitlines():
+                        wire = json.loads(line).get("wire")
+                        if isinstance(wire, dict) and "msg" in wire:
+                            yield wire, item.header.conn
 
 
 @scenario(
@@ -183,6 +255,30 @@ def odd_frames(stage: Stage) -> None:
         stage.pause(0.2, 0.6)
     stage.flows()
     assert stage.pid(CONNECTOR) == pid
+    stage.wait(lambda: stage.shown()["unknown"] >= 20, "the unknown messages to be shown while the day runs")
+    assert "Drift: " in stage.house.ssmd("day", "show", ENV, stage.date).stdout
+    stage.fault("unknown_keys", count=100_000)
+    stage.wait(
+        lambda: "in the newest messages" in stage.house.ssmd("day", "show", ENV, stage.date).stdout,
+        "the unknown key of all messages to be shown while the day runs",
+    )
+    stage.exchange("faults", method="DELETE")
+    drift(stage, "key", "type", "shape")
+
+
+def drift(stage: Stage, *kinds: str) -> None:
+    """End the day and see that it shows what the reader did not know, of all of these kinds, and where examples are."""
+    stage.end()
+    found = stage.shown()["drift"]
+    stage.notes["drift"] = found
+    assert {one["kind"] for one in found["most"]} >= set(kinds), found
+    assert found["fingerprints"] >= len(found["most"]) > 0
+    lines = stage.house.ssmd("day", "show", ENV, stage.date).stdout.splitlines()
+    (line,) = [line for line in lines if line.startswith("Drift: ")]
+    assert line.endswith(f"; examples: ssmd day report {ENV} {stage.date}")
+    page = stage.folder / "report.html"
+    stage.house.ssmd("day", "report", ENV, stage.date, "--to", str(page))
+    assert html.escape(found["most"][0]["name"]) in page.read_text()
 
 
 @scenario(
@@ -192,6 +288,10 @@ def old_format(stage: Stage) -> None:
     """Their counts are rounded, so that no book can be folded from them to the last contract; that is no loss of ours."""
     stage.fault("cents", count=10)
     stage.flows()
+    stage.end()
+    day = stage.shown()
+    assert day["drift"] == {"fingerprints": 0, "most": []}, "both eras are known to the reader"
+    assert not any(sheet["rejected"] for sheet in day["ledger"]["channels"])
 
 
 @scenario("C11", "the exchange's clock goes down", "no false gap")
@@ -224,6 +324,57 @@ def markets_come_and_go(stage: Stage) -> None:
     for _ in range(2):
         stage.exchange("clock", {"advance_s": 900})
         stage.flows(200, 90)
+
+
+@scenario(
+    "C13",
+    "50,000 markets listed at once, with 429",
+    "all are subscribed within a minute over several connections, what came before is declared",
+    started=False,
+    simulator={"markets": 50_000},
+    capture={"markets": {"all": True, "mve": "exclude", "max": 60_000}, "spool_limit_mb": 512, "stream_limit_mb": 512},
+)
+def fifty_thousand_markets(stage: Stage) -> None:
+    """The list has few of them when the day is started; a sync brings all the others to connectors that run."""
+    stage.fault("http_short", path="/markets", count=1_000_000, size=995)
+    stage.start(messages=50)
+    names = connector_names(stage.setting().env)
+    assert len(names) > 1
+    pids = {name: stage.beat(name)["pid"] for name in names}
+    few = sum(stage.beat(name)["markets"] for name in names)
+    assert few < 1_000
+    stage.exchange("faults", method="DELETE")
+    stage.fault("http_429", path="/markets", count=5)
+    syncing = stage.house.spawn("secmaster", "sync", ENV, "--json")
+    assert syncing.stdout is not None
+    assert syncing.stderr is not None
+    with syncing.stdout, syncing.stderr:
+        said = syncing.stdout.read()
+        _, status, usage = os.wait4(syncing.pid, 0)
+        syncing.returncode = os.waitstatus_to_exitcode(status)
+        assert syncing.returncode == 0, syncing.stderr.read()
+    since = time.monotonic()
+    listed = json.loads(said)["total"]
+    assert listed >= 50_000
+    stage.wait(lambda: sum(stage.beat(name)["markets"] for name in names) >= listed, "all to be subscribed", 60)
+    stage.notes |= {
+        "markets": listed,
+        "connectors": len(names),
+        "subscribed_s": round(time.monotonic() - since, 1),
+        "sync_mib": usage.ru_maxrss >> 10,
+    }
+    stage.wait(lambda: not any(stage.beat(name)["snapshots_due"] for name in names), "all snapshots", 120)
+    stage.flows()
+    beats = {name: stage.beat(name) for name in names}
+    assert {name: beat["pid"] for name, beat in beats.items()} == pids, "a connector was started again"
+    assert [beat["markets_left_out"] for beat in beats.values()] == [0] * len(names)
+    rss = {name: psutil.Process(pid).memory_info().rss >> 20 for name, pid in pids.items()}
+    stage.notes["rss_mib"] = rss
+    assert max(rss.values()) < 200
+    assert usage.ru_maxrss >> 10 < 300
+    gaps = stage.shown()["gaps"]
+    assert {gap["cause"] for gap in gaps} == {"not_subscribed"}, gaps
+    assert all(gap["to_ns"] for gap in gaps), "a market is subscribed and its gap is open"
 
 
 @scenario("C14", "ten times the load, and a slow NATS", "the spool takes it, memory stays flat, nothing is lost")

@@ -1,16 +1,24 @@
-"""Rows D1 to D5, D8, D9, D12 and W2: the day's own machinery, its cache and its host."""
+"""Rows D1 to D5, D8, D9, D11, D12 and W2: the day's own machinery, its cache and its host."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import shutil
 import signal
 import time
+from collections import Counter
 
 import yaml
 
+from ssmd_dagster.day.events import StaleEpochError, TradingDay
+from ssmd_dagster.day.payloads import Completed, EndRequested, Started
+from ssmd_dagster.day.states import DayState, EventName
+from ssmd_dagster.errors import RefusedError
 from ssmd_dagster.stores.connect import Stores
+from ssmd_dagster.workflows.attempt import Attempt, Step
+from ssmd_dagster.workflows.desk import Desk, open_desk
 from ssmd_dagster.workflows.end import END
 from ssmd_dagster.workflows.recover import RECOVER
 from ssmd_dagster.workflows.start import START
@@ -18,6 +26,7 @@ from ssmd_dagster_tests.faults.rows_archiver import ARCHIVER, roll_over_midnight
 from ssmd_dagster_tests.faults.rows_nats import _raw_store
 from ssmd_dagster_tests.faults.scenario import scenario
 from ssmd_dagster_tests.faults.stage import DONE, ENV, Stage
+from ssmd_dagster_tests.faults.verdict import judge_journal
 
 RACERS = 8
 CONNECTOR = "capture.connector"
@@ -57,6 +66,133 @@ def _started(stage: Stage) -> list[int]:
         return [entry.seq for entry in stored if entry.event.event == "started"]
 
     return list(stage.with_stores(read))
+
+
+async def _nothing(_attempt: Attempt) -> str:
+    return ""
+
+
+async def _leave(_attempt: Attempt) -> None:
+    """Nothing was brought up, so there is nothing to stop."""
+
+
+async def _say_started(attempt: Attempt) -> TradingDay:
+    return await attempt.journal(EventName.STARTED, Started())
+
+
+BARE_START = START._replace(
+    steps=(Step("noop", "Nothing to bring up", _nothing),), finish=_say_started, clean_up=_leave
+)
+"""A start that takes the day, and says that it is ACTIVE, through the real journal and lease; no process is brought up."""
+ROUNDS, STARTERS = 10, 10
+
+
+@scenario(
+    "D1",
+    "a hundred racing starts, ten at once, half of them without a lease",
+    "one `started` a round; the others are told so",
+    started=False,
+    ends=False,
+)
+def starts_race_for_the_journal(stage: Stage) -> None:
+    """Command lines and schedules with connections of their own; in every other round the cache is emptied all the time."""
+    said = Counter(asyncio.run(_race(stage)))
+    stage.notes["outcomes"] = dict(said)
+    assert said["started"] == ROUNDS
+    assert sum(said.values()) == ROUNDS * STARTERS
+    events, states = stage.journal()
+    judge_journal(events, states, stage.verdict)
+    assert stage.verdict.faults() == {}, stage.verdict.examples
+    assert len(_started(stage)) == ROUNDS
+
+
+async def _race(stage: Stage) -> list[str]:
+    setting = stage.setting()
+    outcomes: list[str] = []
+    async with contextlib.AsyncExitStack() as stack:
+        actors = [f"{'cli:operator' if number % 2 else 'dagster:run'}@{number}" for number in range(STARTERS)]
+        desks = [await stack.enter_async_context(open_desk(setting, actor)) for actor in actors]
+        for number in range(ROUNDS):
+            flushing = asyncio.create_task(_flush_all_the_time(stage)) if number % 2 else None
+            stage.random.shuffle(desks)
+            outcomes += await asyncio.gather(*(_start(desk) for desk in desks))
+            if flushing is not None:
+                flushing.cancel()
+                await asyncio.wait([flushing])
+            book = desks[0].book
+            day = (await book.refresh()).days[desks[0].today()]
+            assert day.state is DayState.ACTIVE, f"round {number}: {day.state}"
+            await book.append(day.date, EventName.END_REQUESTED, epoch=day.epoch, data=EndRequested())
+            done = Completed(condition="pending", messages=0, gaps=0, archive_url="file:///")
+            await book.append(day.date, EventName.COMPLETED, epoch=day.epoch, data=done)
+    return outcomes
+
+
+async def _start(desk: Desk) -> str:
+    """Start today, again where the holder of the lease is at work, and say what came of it."""
+    attempt = Attempt(desk, desk.today(), BARE_START)
+    try:
+        await attempt.go()
+    except StaleEpochError:
+        return "taken over"
+    except RefusedError:
+        return "refused"
+    return "already" if attempt.already else "started"
+
+
+async def _flush_all_the_time(stage: Stage) -> None:
+    with contextlib.closing(stage.redis) as client:
+        while True:
+            client.flushall()
+            await asyncio.sleep(stage.random.uniform(0.0, 0.02))
+
+
+@scenario(
+    "D11",
+    "after the seal: a segment cut, and trades that the exchange lists and the day lacks",
+    "named, journaled, degraded; a replay brings the trades as revision 2; revision 1 is as it was",
+    simulator={"trades_per_day": 30_000},
+    ends=False,
+)
+def losses_found_after_the_seal(stage: Stage) -> None:
+    """The exchange's list is empty while the day is ended, so that nothing tells that a crash took trades."""
+    before = stage.beat("connector-a")["conn"]
+    stage.kill(CONNECTOR)
+    stage.wait(lambda: stage.beat("connector-a").get("conn") not in (None, before), "a new connection")
+    stage.flows()
+    stage.fault("http_short", path="/markets/trades", count=10_000, size=1_000)
+    stage.end()
+    assert stage.shown()["condition"] == "pending"
+    stage.exchange("faults", method="DELETE")
+    sealed = {path.name: path.read_bytes() for path in stage.archive_folder().iterdir()}
+
+    segment = stage.random.choice(sorted(stage.archive_folder().glob("trades-*.jsonl.zst")))
+    segment.write_bytes(sealed[segment.name][: -stage.random.randrange(1, 2_000)])
+    found = stage.house.json("day", "verify", ENV, stage.date, check=6)
+    assert any(segment.name in fault for fault in found["faults"]), found["faults"]
+    segment.write_bytes(sealed[segment.name])
+
+    found = stage.house.json("day", "verify", ENV, stage.date, check=6)
+    assert any("the exchange lists trades that the day does not have" in fault for fault in found["faults"])
+    assert any("--mode replay" in step for step in found["mend"])
+    lacking = found["ledger"]["trades"]["missing"]
+    shown = stage.shown()
+    assert (shown["state"], shown["condition"]) == ("COMPLETE", "degraded")
+    assert any("later verification" in reason for reason in shown["condition_reasons"])
+    again = stage.house.json("day", "verify", ENV, stage.date, check=6)
+    assert not again["changed"], "the same finding is journaled as a change twice"
+
+    stage.exchange("clock", {"advance_s": 86_400})
+    stage.house.ssmd("day", "start", ENV, "--date", stage.date, "--mode", "replay")
+    stage.end()
+    shown = stage.shown()
+    assert shown["revision"] == 2
+    assert shown["ledger"]["trades"]["missing"] == 0
+    assert not any("later verification" in reason for reason in shown["condition_reasons"])
+    after = {path.name: path.read_bytes() for path in stage.archive_folder().iterdir()}
+    assert {name: after[name] for name in sealed} == sealed
+    assert stage.house.json("day", "verify", ENV, stage.date, check=3)["faults"] == []
+    stage.notes["missing"] = lacking
 
 
 @scenario(

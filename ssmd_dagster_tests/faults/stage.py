@@ -24,6 +24,7 @@ from typing import Any, Self
 
 import msgspec
 import psutil
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import redis
@@ -300,12 +301,12 @@ class Stage:
 
     # The exchange
 
-    def exchange(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    def exchange(self, path: str, body: dict[str, Any] | None = None, *, method: str | None = None) -> dict[str, Any]:
         """Ask the exchange's control surface; with a body it is told something."""
         stack = json.loads((self.house.home / "stack.json").read_text())
         url = stack["simulators"][ENV]["rest_endpoint"].replace("/trade-api/v2", f"/sim/{path}")
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+        request = urllib.request.Request(url, data, {"Content-Type": "application/json"}, method=method)
         with urllib.request.urlopen(request, timeout=20) as answer:
             found: dict[str, Any] = json.loads(answer.read() or b"{}")
         return found
@@ -355,11 +356,26 @@ class Stage:
         """Return the folder of a day's raw objects in a local store."""
         return self.house.home / "objects" / "raw" / day_prefix("kalshi", date or self.date)
 
+    def table(self, name: str) -> pa.Table:
+        """Return the newest revision of a table of the latest day."""
+        folder = self.house.home / "objects" / "normalized" / "kalshi" / "v1" / name / self.date.replace("-", "/")
+        return pq.read_table(max(folder.glob("data*.parquet"), key=lambda path: path.stat().st_mtime_ns))
+
     def spool_folder(self, date: str | None = None) -> Path:
         """Return the folder of a day's spool."""
         return self.house.home / "spool" / ENV / (date or self.date)
 
     # The judgement
+
+    def journal(self) -> tuple[list[tuple[int, dict[str, Any]]], dict[str, str]]:
+        """Return the journal's events by sequence, and each day's state as the cache has it."""
+        events = self.with_stores(_events)
+        with contextlib.closing(self.redis) as client:
+            states = {
+                date: (client.get(f"{ENV}:day:{date}:state") or b"").decode()  # type: ignore[union-attr]
+                for date in {event["date"] for _, event in events}
+            }
+        return events, states
 
     def judge(self) -> Verdict:
         """Hold the days against the truth; the counts that must be 0 are asserted."""
@@ -375,13 +391,7 @@ class Stage:
                     window = Span(manifest["open_ns"], manifest["close_ns"])
             days.append(Day(shown, window, objects))
         self.verdict = judge(self.house.home / "simulator" / ENV / "truth", days)
-        events = self.with_stores(_events)
-        with contextlib.closing(self.redis) as client:
-            states = {
-                date: (client.get(f"{ENV}:day:{date}:state") or b"").decode()  # type: ignore[union-attr]
-                for date in {event["date"] for _, event in events}
-            }
-        judge_journal(events, states, self.verdict)
+        judge_journal(*self.journal(), self.verdict)
         self._judge_tables(days)
         found = self.verdict.faults()
         assert not found, f"{found}; {self.verdict.examples[:6]}"

@@ -40,7 +40,7 @@ def test_what_breaks_costs_only_what_is_declared(chosen: Scenario, seed: int, tm
 
 
 def test_every_row_that_this_part_of_the_matrix_names_has_a_scenario() -> None:
-    """C1–C14, N1–N6, A1–A10, D1–D5, D8, D9, D12 and W2."""
+    """C1–C14, N1–N6, A1–A10, D1–D5, D8, D9, D11, D12 and W2."""
     wanted = {f"C{n}" for n in range(1, 15)} | {f"N{n}" for n in range(1, 7)} | {f"A{n}" for n in range(1, 11)}
-    wanted |= {"D1", "D2", "D3", "D4", "D5", "D8", "D9", "D12", "W2"}
+    wanted |= {"D1", "D2", "D3", "D4", "D5", "D8", "D9", "D11", "D12", "W2"}
     assert {chosen.row for chosen in SCENARIOS} >= wanted

@@ -29,7 +29,7 @@ from picows import (
 )
 
 from ssmd_dagster.exchange import Envelope, ExchangeEvent, ExchangeSettings
-from ssmd_dagster.kalshi import Kalshi
+from ssmd_dagster.kalshi.client import Kalshi
 
 REAL_DATA = Path(__file__).parents[3] / "shared" / "kalshi" / "data"
 SPEC = Path(__file__).parents[3] / "shared" / "kalshi" / "asyncapi-2026-10-26.yaml"

@@ -14,7 +14,8 @@ import pytest
 
 from ssmd_dagster.errors import ConfigurationError
 from ssmd_dagster.exchange import Connection, Exchange, ExchangeSettings, Market, MarketSelection, open_exchange
-from ssmd_dagster.kalshi import Kalshi, wire
+from ssmd_dagster.kalshi import wire
+from ssmd_dagster.kalshi.client import Kalshi
 from ssmd_dagster.kalshi.errors import ExchangeRefusedError
 from ssmd_dagster.kalshi.markets import SeriesLookup
 from ssmd_dagster.simulator.main import Settings, Simulator

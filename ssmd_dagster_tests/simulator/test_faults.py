@@ -14,6 +14,7 @@ import pytest
 
 from ssmd_dagster.simulator.faults import ALL_KINDS, FRAME_KINDS
 from ssmd_dagster.simulator.truth import Frame, Note, read_truth
+from ssmd_dagster.simulator.world import rfc3339
 from ssmd_dagster_tests.simulator.conftest import Client, Running, running
 
 
@@ -289,3 +290,28 @@ def test_every_kind_of_fault_is_documented() -> None:
     """The page for people who test recorders names them all."""
     page = (Path(__file__).parents[2] / "docs" / "simulator.md").read_text()
     assert [kind for kind in ALL_KINDS if f"`{kind}`" not in page] == []
+
+
+async def test_maintenance_is_announced_and_then_nothing_answers(exchange: Running) -> None:
+    """Listed before it begins; then sockets are closed, the status says until when, and all else is 503; then it is over."""
+    client, _ = await _subscribed(exchange)
+    told = await exchange.post("/sim/maintenance", in_s=60, for_s=60)
+    hidden = await exchange.post("/sim/maintenance", in_s=3_600, for_s=60, announced=False)
+    listed = (await exchange.get("/exchange/schedule"))["schedule"]["maintenance_windows"]
+    assert [one["start_datetime"] for one in listed] == [rfc3339(told["from_s"])]
+    assert hidden["announced"] is False
+    await exchange.post("/sim/clock", advance_s=60)
+    await client.wait(lambda: client.ended)
+    status = await exchange.get("/exchange/status", expect=503)
+    assert (status["exchange_active"], status["trading_active"]) == (False, False)
+    assert status["exchange_estimated_resume_time"] == rfc3339(told["to_s"])
+    assert (await exchange.get("/markets", expect=503))["error"]["code"] == "unavailable"
+    with pytest.raises(aiohttp.WSServerHandshakeError) as refused:
+        await exchange.connect()
+    assert refused.value.status == 503
+    await exchange.post("/sim/clock", advance_s=60)
+    assert (await exchange.get("/exchange/status"))["exchange_active"]
+    await _subscribed(exchange)
+    noted = _notes(exchange.simulator.settings.home, "maintenance")
+    assert [note["from_s"] for note in noted] == [told["from_s"], hidden["from_s"]]
+    await exchange.post("/sim/maintenance", expect=400, for_s="a while")

@@ -77,6 +77,16 @@ async def test_batches_are_consumed_in_order_with_all_that_is_known_of_them(raw:
         assert [batch.id.batch for batch in await take(consumer, 1)] == [5]
 
 
+async def test_the_newest_batch_of_a_channel_can_be_looked_at(raw: RawStream) -> None:
+    """Of a day and channel, whichever connection it came from; none is an error."""
+    for number, conn in enumerate(("7-a-1", "7-b-1", "7-a-1")):
+        await put(raw, number, conn=conn)
+    await put(raw, 9, channel="ticker")
+    assert await raw.newest(DATE, "trade") == b"7-a-1/trade/2"
+    with pytest.raises(NotFoundError, match="no batch of orderbook_delta"):
+        await raw.newest(DATE, "orderbook_delta")
+
+
 async def test_publishing_the_same_batch_again_is_harmless(raw: RawStream) -> None:
     """A repeated batch is acknowledged with its sequence; a repair round puts it there once more."""
     seq = await put(raw, 0)

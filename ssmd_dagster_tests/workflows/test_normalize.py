@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +12,8 @@ from typing import Any, cast
 import pyarrow.parquet as pq
 import pytest
 
-from ssmd_dagster.archive.layout import segment_key, table_key
+from ssmd_dagster.archive.figures import Figures
+from ssmd_dagster.archive.layout import drift_key, segment_key, table_key
 from ssmd_dagster.day.calendar import Window
 from ssmd_dagster.day.events import TradingDay
 from ssmd_dagster.day.states import DayState
@@ -87,6 +89,8 @@ async def test_tables_are_stored_once_and_a_rerun_says_so(tmp_path: Path) -> Non
     first = await bench.normalise()
     assert (first.revision, first.already, first.rows()["trade"]) == (1, False, 40)
     assert first.filings["trade"].normalised == 40
+    noted = json.loads(Path(bench.normalized.url(drift_key("kalshi", DATE))).read_bytes())
+    assert sum(dict(zip(Figures._fields, noted["figures"], strict=True))["bins"]["trade"]) == 40
     keys = [entry.key for entry in first.tables]
     assert "kalshi/v1/trade/2026/11/10/A%2EB/data.capnp.zst" in keys
     for entry in first.tables:

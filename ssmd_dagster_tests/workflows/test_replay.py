@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from websockets.sync.client import connect
 
 from ssmd_dagster_tests.house import House, until
 from ssmd_dagster_tests.workflows.replaying import ago, archived_ids, sim, true_ids
@@ -142,7 +143,18 @@ REFUSED = (
     (("day", "start", ENV, "--date", "TOMORROW", "--mode", "replay"), 5, "has not begun"),
     (("day", "start", ENV, "--date", "2999-01-01", "--mode", "replay"), 4, "The calendar goes from"),
     (("day", "start", ENV, "--date", "2025-01-01"), 4, "The calendar goes from"),
-    (("day", "start", ENV, "--date", "2026-02-02", "--from", "archive", "--speed", "2"), 2, "--speed"),
+    (
+        ("day", "start", ENV, "--date", "2026-02-02", "--from", "archive", "--speed", "2"),
+        4,
+        "no trading day 2026-02-02",
+    ),
+    (
+        ("day", "start", ENV, "--date", "TODAY", "--from", "archive", "--speed", "2"),
+        5,
+        "only a COMPLETE day can be played",
+    ),
+    (("day", "start", ENV, "--date", "2026-02-02", "--from", "archive", "--speed", "0"), 2, "--speed"),
+    (("day", "start", ENV, "--date", "2026-02-02", "--speed", "2"), 2, "--from archive"),
     (("day", "start", ENV, "--date", "2026-02-02", "--mode", "replay", "--from", "archive"), 4, "2026-02-02"),
     (("day", "backfill", ENV, "--from", "2026-02-02", "--to", "2026-02-01"), 2, "backwards"),
     (("day", "backfill", ENV, "--from", "2026-02-02", "--to", "TODAY"), 5, "is not over"),
@@ -205,6 +217,58 @@ def test_a_replayed_day_can_be_replayed_again(built: House) -> None:
     built.ssmd("day", "end", ENV, "--date", day, check=None)
     assert (built.day(ENV, day)["state"], built.day(ENV, day)["revision"]) == ("COMPLETE", 2)
     assert archived_ids(built, ENV, day) == before + before
+
+
+@pytest.mark.long
+def test_what_the_exchange_left_out_at_first_is_found_by_the_proof(built: House) -> None:
+    """Trades that the list lacked while the day was fetched are in the archive in the end, of markets unheard of too."""
+    day = ago(built, 30)
+    short = {"fault": "http_short", "path": "/markets/trades", "count": 6, "size": 900}
+    sim(built, ENV, "/sim/faults", short)
+    built.ssmd("day", "start", ENV, "--date", day)
+    sim(built, ENV, "/sim/faults", method="DELETE")
+    built.ssmd("day", "end", ENV, "--date", day, check=3)
+    assert built.day(ENV, day)["ledger"]["trades"]["missing"] == 0
+    assert archived_ids(built, ENV, day) == Counter(true_ids(built, ENV, day))
+
+
+@pytest.mark.long
+def test_an_exchange_that_lists_nothing_when_it_is_asked_again_proves_nothing(built: House) -> None:
+    """The day keeps what it has; its line of trades is not computed, and it is `pending`."""
+    day = ago(built, 31)
+    built.ssmd("day", "start", ENV, "--date", day)
+    sim(built, ENV, "/sim/faults", {"fault": "http_short", "path": "/markets/trades", "count": 1_000, "size": 1_000})
+    built.ssmd("day", "end", ENV, "--date", day)
+    sim(built, ENV, "/sim/faults", method="DELETE")
+    shown = built.day(ENV, day)
+    assert (shown["condition"], shown["ledger"]["trades"]["exchange"]) == ("pending", None)
+    assert archived_ids(built, ENV, day) == Counter(true_ids(built, ENV, day))
+
+
+@pytest.mark.long
+def test_a_recorded_day_is_played_to_clients(built: House) -> None:
+    """Every record once, through an address of its own; neither journal nor archive hear of it; it ends, or is ended."""
+    day = ago(built, 32)
+    built.ssmd("day", "backfill", ENV, "--from", day, "--to", day)
+    before = built.ssmd("day", "events", ENV, "--date", day, "--json").stdout
+    folder = Path(built.day(ENV, day)["archive"])
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    words = ("day", "start", ENV, "--date", day, "--mode", "replay", "--from", "archive", "--speed")
+    trades: Counter[str] = Counter()
+    with connect(built.json(*words, "1000")["address"], max_size=1 << 26) as client:
+        client.send('{"op":"subscribe"}')
+        for text in client:
+            message = json.loads(text)
+            if message["type"] == "event":
+                trades.update(row["trade_id"] for row in message["wire"]["msg"].get("trades", ()))
+    assert message["type"] == "day_ended"
+    assert trades == Counter(true_ids(built, ENV, day))
+    with connect(built.json(*words, "0.001")["address"], max_size=1 << 26) as client:
+        client.send('{"op":"subscribe","channels":["trade"]}')
+        assert "is no longer played" in built.ssmd("day", "end", ENV, "--date", day, check=3).stderr
+        assert [json.loads(text)["type"] for text in client] == ["subscribed", "day_ended"]
+    assert built.ssmd("day", "events", ENV, "--date", day, "--json").stdout == before
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == files
 
 
 def test_a_day_without_a_single_trade_is_never_complete(built: House) -> None:

@@ -15,16 +15,18 @@ from typing import Any, cast
 import msgspec
 import pytest
 
+from ssmd_dagster.archive.coverage import TRADES_REPAIRED
 from ssmd_dagster.archive.trade_ids import TradeIds
 from ssmd_dagster.day.calendar import Window
 from ssmd_dagster.day.events import Gap, TradingDay
-from ssmd_dagster.day.ledger import TradesLedger
+from ssmd_dagster.day.ledger import Ledger, TradesLedger
 from ssmd_dagster.day.states import DayState
 from ssmd_dagster.errors import ConfigurationError, SsmdError, UnreachableError
 from ssmd_dagster.exchange import Covered, MarketSelection, TradePage, TradeQuery, TradesRead
 from ssmd_dagster.kalshi.scaled import rfc3339_ns
 from ssmd_dagster.workflows.desk import Desk
-from ssmd_dagster.workflows.trades import REPAIRED, close_repaired_gaps, compare_trades, line_of
+from ssmd_dagster.workflows.trades import close_repaired_gaps, compare_trades, line_of
+from ssmd_dagster.workflows.verify_sealed import again_with_trades, mending, missing_by_name
 from ssmd_dagster_tests.capture.recordings import DATE, START_NS, build_segments, read_segments
 from ssmd_dagster_tests.workflows.stored_days import ENV, a_day, book_frames, trade_frames
 
@@ -213,6 +215,8 @@ async def test_a_fetched_page_repairs_once_it_is_read_back(tmp_path: Path) -> No
     listed = [*LISTED, row(99), row(98)]
     done = await compare_trades(desk_of(ListedTrades(listed)), day_with(), found, repair=False, tell=lambda _text: None)
     assert line_of(done, found) == ledger(22, 20, missing=2)
+    assert done.matching is not None
+    assert done.matching.missing_ids(1) == [row(98)["trade_id"]]
     page = {"type": "rest_trades", "msg": {"endpoint": "/x", "params": {}, "trades": [row(99), row(98)]}}
     recording = a_day()
     recording.recorder._channel_of_type = {"rest_trades": "rest"}
@@ -223,6 +227,24 @@ async def test_a_fetched_page_repairs_once_it_is_read_back(tmp_path: Path) -> No
     segments = build_segments(folder, recording.batches(), env=ENV)
     read_segments({k: v for k, v in segments.items() if v[0] == "rest"}, env=ENV, see=found.see)
     assert line_of(done, found) == TradesLedger(exchange=22, captured=20, repaired=2, missing=0, extra=0)
+
+
+async def test_a_later_verification_takes_from_the_list_only_what_speaks_against_the_day(ids: TradeIds) -> None:
+    """Trades that have come to the list since are missing, named and to be fetched; trades that have left it prove nothing."""
+    sealed = Ledger(trades=ledger(20, 20))
+    done = await compare_trades(
+        desk_of(ListedTrades([*LISTED, row(99)])), day_with(), ids, repair=False, tell=lambda _text: None
+    )
+    found = again_with_trades(sealed, done, line_of(done, ids))
+    assert found.trades == ledger(21, 20, missing=1)
+    (fault,) = missing_by_name(found, done)
+    assert fault == f"the exchange lists trades that the day does not have: {row(99)['trade_id']}"
+    (step,) = mending(ENV, DATE, 1, 0, found)
+    assert f"into revision 2: `ssmd day start {ENV} --date {DATE} --mode replay`" in step
+    assert again_with_trades(sealed, done, ledger(17, 17, extra=3)) == sealed
+    assert mending(ENV, DATE, 1, 0, sealed) == ()
+    pending = again_with_trades(Ledger(why_not={"trades": "no key"}), done, line_of(done, ids))
+    assert (pending.trades.missing, pending.why_not) == (1, {})
 
 
 GAPS = {
@@ -253,9 +275,9 @@ GAPS = {
 @pytest.mark.parametrize(
     ("gap", "channels", "outcome"),
     [
-        ("connection", ("trade", "orderbook_delta"), ("stays", REPAIRED)),
+        ("connection", ("trade", "orderbook_delta"), ("stays", TRADES_REPAIRED)),
         ("connection", ("trade",), ("repaired", None)),
-        ("open", ("trade", "orderbook_delta"), ("stays", REPAIRED)),
+        ("open", ("trade", "orderbook_delta"), ("stays", TRADES_REPAIRED)),
         ("open", ("orderbook_delta",), ("stays", None)),
         ("trade sid", ("trade", "orderbook_delta"), ("repaired", None)),
         ("book sid", ("trade", "orderbook_delta"), None),

@@ -1,0 +1,124 @@
+"""Rows that come after a day was sealed: the next day's end tells the sealed day, and its next revision has them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import pyarrow.parquet as pq
+
+from ssmd_dagster.archive.layout import segment_key, table_key
+from ssmd_dagster.archive.normalize import LateElsewhere
+from ssmd_dagster.day.calendar import Window
+from ssmd_dagster.day.events import Book, TradingDay
+from ssmd_dagster.day.payloads import LateRows, Payload
+from ssmd_dagster.day.states import EventName
+from ssmd_dagster.workflows.late import late_of, tell_the_neighbours
+from ssmd_dagster.workflows.normalize import normalise, normalise_again
+from ssmd_dagster_tests.archive.rawdays import CLOSE_NS, DATE, OPEN_NS, Frame, S, record, trade
+from ssmd_dagster_tests.day.builders import Log
+from ssmd_dagster_tests.workflows.test_normalize import Bench
+
+NEXT = "2026-11-11"
+DAY_NS = CLOSE_NS - OPEN_NS
+SEALED_NS = CLOSE_NS + 90 * S
+HOUR_NS = 3_600 * S
+
+
+class _Book:
+    """The journal of a desk, over a log in memory."""
+
+    def __init__(self, log: Log) -> None:
+        self._log = log
+
+    @property
+    def book(self) -> Book:
+        return self._log.book
+
+    async def refresh(self) -> Book:
+        return self._log.book
+
+    async def day(self, date: str) -> TradingDay | None:
+        return self._log.book.days.get(date)
+
+    async def append(self, date: str, event: EventName, *, epoch: int | None, data: Payload) -> TradingDay:
+        self._log.add(event, date=date, epoch=epoch, data=msgspec.to_builtins(data), at_ns=SEALED_NS + DAY_NS)
+        return self._log.day(date)
+
+
+class TwoDays(Bench):
+    """A bench with a journal in memory and two COMPLETE days, the first of them sealed as available."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.log = Log()
+        self.windows = {
+            DATE: Window(open_ns=OPEN_NS, close_ns=CLOSE_NS),
+            NEXT: Window(open_ns=CLOSE_NS, close_ns=CLOSE_NS + DAY_NS),
+        }
+        for date in self.windows:
+            for event in (EventName.DEFINED, EventName.START_REQUESTED, EventName.STARTED, EventName.END_REQUESTED):
+                self.log.add(event, date=date)
+            self.log.add(EventName.COMPLETED, date=date, data={"condition": "available"})
+        self.log.add(EventName.SEALED, date=DATE, at_ns=SEALED_NS)
+        desk: Any = self.desk
+        desk.book = _Book(self.log)
+        desk.stores.journal = SimpleNamespace(read=self.read)
+        desk.window = lambda day: self.windows[day.date]
+
+    async def read(self) -> list[Any]:
+        """Return the journal."""
+        return [SimpleNamespace(seq=seq, event=event) for seq, event in self.log.events]
+
+    async def put(self, date: str, connections: Mapping[str, list[Frame]]) -> None:
+        """Put a day's segments of trades into the raw store."""
+        for segment in record(self.folder / f"made-{date}", dict(connections), date=date):
+            await self.raw.create(segment_key("kalshi", date, segment.channel, 0), Path(segment.path))
+
+
+async def test_late_rows_change_the_condition_and_the_next_revision_has_them(tmp_path: Path) -> None:
+    """Journaled once when the next day is done; filed, counted exactly and sealed when the day's tables are made again."""
+    days = TwoDays(tmp_path)
+    desk = days.desk
+    known = [(CLOSE_NS - n * S, trade("T", n, CLOSE_NS - n * S)) for n in (9, 8, 7)]
+    await days.put(DATE, {"1-a-0": known})
+    first = await normalise(desk, days.log.day(DATE), told=days.told.append)
+    assert (first.late, first.late_elsewhere) == (0, {})
+
+    at_ns = CLOSE_NS + HOUR_NS
+    late = [(at_ns + n * S, trade("T", n, CLOSE_NS - n * S)) for n in (5, 7)]
+    await days.put(NEXT, {"9-a-0": [(at_ns, trade("T", 100, at_ns)), *late, (at_ns + 9 * S, trade("T", 101, at_ns))]})
+    second = await normalise(desk, days.log.day(NEXT), told=days.told.append)
+    assert second.late_elsewhere == {DATE: LateElsewhere(2, at_ns + 7 * S)}
+    for _ in range(2):
+        await tell_the_neighbours(desk, second.late_elsewhere)
+    day = days.log.day(DATE)
+    assert day.late == LateRows(rows=2, until_ns=at_ns + 7 * S)
+    assert (day.condition, day.condition_reasons) == (
+        "degraded",
+        ("2 rows arrived after the seal, and no table has them yet",),
+    )
+    assert [event.event for _, event in days.log.events].count(EventName.CONDITION_CHANGED) == 1
+
+    third = await normalise_again(desk, DATE, told=days.told.append)
+    assert (third.revision, third.late, third.differences["trade"].added) == (2, 1, 1)
+    rows = pq.read_table(days.normalized.url(table_key("kalshi", "late", DATE, 2))).to_pylist()
+    assert [(row["table"], row["conn"]) for row in rows] == [("trade", "9-a-0")]
+    day = days.log.day(DATE)
+    assert day.late == LateRows(rows=1, until_ns=at_ns + 7 * S, filed=True) == late_of(day, 1)
+    assert (day.condition, day.condition_reasons) == ("degraded", ("1 rows arrived after the seal",))
+    assert (day.revision, day.sealed is not None and day.sealed.revision) == (2, 2)
+
+    await tell_the_neighbours(desk, second.late_elsewhere)  # the next day's tables are made again
+    assert days.log.day(DATE) == day
+
+
+async def test_a_day_that_is_not_sealed_is_told_nothing(tmp_path: Path) -> None:
+    """Its own end will find the rows."""
+    days = TwoDays(tmp_path)
+    before = len(days.log.events)
+    await tell_the_neighbours(days.desk, {NEXT: LateElsewhere(3, CLOSE_NS), "2026-12-01": LateElsewhere(1, CLOSE_NS)})
+    assert len(days.log.events) == before
