@@ -199,7 +199,7 @@ def _end(house: House) -> None:
 
 
 class Speed(NamedTuple):
-    """Records a second that the stream acknowledged, batches that it had not at the end, and CPU time a frame, in µs."""
+    """Records a second that came off the socket and were acknowledged, batches that were not yet at the end, CPU µs a frame."""
 
     per_s: float
     behind: int
@@ -217,7 +217,8 @@ def _speed(
         raise SystemExit(f"connection {first['conn']} broke while it was measured")
     frames, records = (last[key] - first[key] for key in ("frames", "acked_records"))
     cpu_us = {name: (after[name] - before[name]) / frames * 1e6 for name in processes}
-    return Speed(records / ((last["at_ns"] - first["at_ns"]) / 1e9), last["unacked_batches"], cpu_us)
+    # Acknowledgements of what came before the measurement are no speed, nor are frames that only wait in the spool.
+    return Speed(min(frames, records) / ((last["at_ns"] - first["at_ns"]) / 1e9), last["unacked_batches"], cpu_us)
 
 
 def _fresh(beat: Callable[[str], dict[str, Any]]) -> dict[str, Any]:

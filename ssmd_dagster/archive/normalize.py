@@ -562,6 +562,8 @@ class _Normalizer:
 
     def _coverage(self) -> list[Any]:
         fetched = [Life(conn, ("trade",), low, high) for conn, (low, high) in sorted(self._rest_spans.items())]
+        if not self._lives:  # a replay, which is archived once it has all of the day's trades
+            fetched = [life._replace(from_ns=self._job.open_ns, to_ns=self._job.close_ns) for life in fetched]
         channels = self._job.channels or tuple(sorted(set(self._archived) & set(TABLE_OF_CHANNEL)))
         earlier = [Life(conn, channels, *life) for conn, life in sorted(self._earlier.items())]
         theirs = [

@@ -79,6 +79,14 @@ def test_real_captures_give_the_counts_that_their_sources_state(
     assert day.result.drift == ()
 
 
+def test_a_replayed_day_lacks_no_trades(tmp_path: Path) -> None:
+    """Before its first trade and after its last one there was none, since all of the day's were fetched."""
+    pages = [(NOON, rest_page([trade_msg("T", 1, NOON)]))]
+    day = normalized(tmp_path / "out", record(tmp_path / "raw", {"7-rest-0": pages}), channels=("trade", "ticker"))
+    rows = [(row["channel"], row["state"], row["from_ns"], row["to_ns"]) for row in day.rows("coverage")]
+    assert rows == [("trade", "repaired", OPEN_NS, CLOSE_NS), ("ticker", "missing", OPEN_NS, CLOSE_NS)]
+
+
 def session_notes(segments: Any) -> list[bytes]:
     """Return the recorder's own notes."""
     import zstandard

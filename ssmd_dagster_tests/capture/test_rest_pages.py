@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from ssmd_dagster.archive.records import parse_record
+from ssmd_dagster.archive.trade_ids import TradeIds
 from ssmd_dagster.capture.audit import COMPONENT, audit
 from ssmd_dagster.capture.rest_pages import RestPages
 from ssmd_dagster.capture.setting import Setting
@@ -65,6 +66,22 @@ async def test_without_a_page_there_is_no_connection(setting: Setting, stores: S
             await pages.put("rest_weather", b"{}")
     assert await pages.counts() == {}
     assert spooled_connections(spool_dir(setting.home, setting.env.name, DATE)) == []
+
+
+@pytest.mark.parametrize("asked", [None, ["KX-1", "KX-2"]])
+async def test_what_was_asked_for_is_what_the_proof_asks_for(
+    setting: Setting, stores: Stores, tmp_path: Path, asked: list[str] | None
+) -> None:
+    """A market of which no trade came is among those that the exchange's list is held against; None stands for all."""
+    async with RestPages(setting, stores, DATE, 7) as pages:
+        pages.note({"event": "asked", "channels": ["trade"], "tickers": asked})
+        await pages.put("rest_trades", page(1))
+    ids = TradeIds(setting.env.feed, 0, 1)
+    spooled = spool_path(spool_dir(setting.home, setting.env.name, DATE), pages.conn)
+    read_segments(
+        build_segments(tmp_path, spooled_batches(spooled), env=setting.env.name), env=setting.env.name, see=ids.see
+    )
+    assert (ids.all_markets, sorted(ids.markets)) == (asked is None, asked or [])
 
 
 async def test_a_stream_that_takes_nothing_is_told(setting: Setting, stores: Stores) -> None:
