@@ -24,7 +24,7 @@ import polars
 import zstandard
 
 from ssmd_dagster.archive.batch import Batch, read_last
-from ssmd_dagster.archive.normalize import NormalizeJob, NormalizeResult, RawSegment
+from ssmd_dagster.archive.normalize_job import NormalizeJob, NormalizeResult, RawSegment
 from ssmd_dagster.archive.segment import SegmentWriter
 from ssmd_dagster.capture.recorder import Flush, Origin, Recorder, seal
 from ssmd_dagster.exchange import Envelope

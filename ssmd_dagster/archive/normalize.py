@@ -8,8 +8,6 @@ fetching and storing (`workflows.normalize`), what a message means (the exchange
 
 from __future__ import annotations
 
-import mmap
-import re
 import sys
 import tempfile
 from collections import Counter, deque
@@ -23,16 +21,27 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 
-from ssmd_dagster.archive.batch import Batch, BatchDamagedError, BatchHeader, Damage, decode_records, scan
+from ssmd_dagster.archive.batch import Batch, BatchDamagedError, Damage, decode_records, scan
 from ssmd_dagster.archive.columns import BlockRows, read_block
+from ssmd_dagster.archive.connections import (
+    FOREIGN,
+    Conn,
+    Scanned,
+    age,
+    connections_of,
+    earlier_lives_of,
+    lives_of,
+    mapped,
+    replica_of,
+    slice_of,
+)
 from ssmd_dagster.archive.coverage import Life, coverage_rows
-from ssmd_dagster.archive.drift import Drift, DriftLog
-from ssmd_dagster.archive.figures import Counting, Figures
+from ssmd_dagster.archive.drift import DriftLog
+from ssmd_dagster.archive.figures import Counting
 from ssmd_dagster.archive.filing import (
     DUPLICATE,
     FIRST,
     NEIGHBOUR_FIRST,
-    NEIGHBOUR_SECOND,
     NORMALISED,
     OPENING_FOLD,
     OTHER_DAY,
@@ -49,14 +58,13 @@ from ssmd_dagster.archive.filing import (
     integers,
     spans,
 )
-from ssmd_dagster.archive.records import parse_record
+from ssmd_dagster.archive.normalize_job import ChannelFiling, LateElsewhere, NormalizeJob, NormalizeResult, TableFile
 from ssmd_dagster.archive.sheets import CapnpWriter, TableWriter
 from ssmd_dagster.archive.spill import RUN_ROWS, UNIT_ROWS, Spill, Unit
 from ssmd_dagster.archive.tables import SCHEMAS, TABLE_OF_CHANNEL, day_schema, table_from_rows
 from ssmd_dagster.day.calendar import Window
-from ssmd_dagster.day.events import Gap
 from ssmd_dagster.exchange import REST as REST_CHANNEL
-from ssmd_dagster.exchange import SESSION, Market, Row, row_reader
+from ssmd_dagster.exchange import Row, row_reader
 
 THREADS = 2
 BLOCK_BYTES = 4 << 20
@@ -64,138 +72,16 @@ OVERLAP_NS = 60_000_000_000
 """How far from the day's edges the neighbouring days' batches are looked into."""
 HOLE_MARGIN_NS = 10_000_000_000
 """So long before and after a hole of the first connection its second one's rows are compared."""
-_FOREIGN = (NEIGHBOUR_FIRST, NEIGHBOUR_SECOND)
-_CONN = re.compile(r"(?P<epoch>[0-9]+)-(?P<replica>[a-z]+)(?P<slice>[0-9]*)-(?P<number>[0-9]+)")
-
-
-class RawSegment(msgspec.Struct, frozen=True, kw_only=True):
-    """One local file of batches: a segment, or (`channel` empty) a spool with batches of all channels."""
-
-    channel: str
-    path: str
-
-
-class Neighbour(msgspec.Struct, frozen=True, kw_only=True):
-    """The day before or after: its window, its segments that may overlap, and when its revisions were sealed.
-
-    `late_until_ns` is set where it is known to have received rows of the day long after: until when it did. `recorded_on`
-    says of the day before that nothing else was recorded of this day at first: its roll was late, or the day was missed. Its
-    connections that were still up count as the day's own then. `gaps` are that day's.
-    """
-
-    date: str
-    open_ns: int
-    close_ns: int
-    segments: tuple[RawSegment, ...] = ()
-    seals: tuple[int, ...] = ()
-    late_until_ns: int | None = None
-    recorded_on: bool = False
-    gaps: tuple[Gap, ...] = ()
-
-
-class NormalizeJob(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything that the tables of a day are made of. `seals`: when the day's revisions were sealed.
-
-    `channels` are those that the day was to record, `markets` the security master as it is known, `source` what is said of
-    rows off the socket (`archive` where an archive is replayed), `capnp_schema` the file of the trades' schema if Cap'n Proto
-    files are wanted. Tables are written into the folder `output`, which is made.
-    """
-
-    feed: str
-    env: str
-    date: str
-    open_ns: int
-    close_ns: int
-    output: str
-    segments: tuple[RawSegment, ...]
-    revision: int = 1
-    neighbours: tuple[Neighbour, ...] = ()
-    gaps: tuple[Gap, ...] = ()
-    channels: tuple[str, ...] = ()
-    markets: tuple[Market, ...] = ()
-    seals: tuple[int, ...] = ()
-    source: str = "live"
-    capnp_schema: str | None = None
-
-
-class TableFile(msgspec.Struct, frozen=True, kw_only=True):
-    """One written file; `ticker` is set for the Cap'n Proto file of one market."""
-
-    table: str
-    path: str
-    rows: int
-    size: int
-    sha256: str
-    ticker: str | None = None
-
-
-class ChannelFiling(msgspec.Struct, frozen=True, kw_only=True):
-    """What became of a channel's archived records; the lines add up to `archived`. `rejected` is by reason."""
-
-    archived: int = 0
-    normalised: int = 0
-    duplicates: int = 0
-    control: int = 0
-    rejected: dict[str, int] = {}
-    other_day: int = 0
-    opening_fold: int = 0
-
-    @property
-    def balances(self) -> bool:
-        """Say whether every record is accounted for."""
-        filed = self.normalised + self.duplicates + self.control + self.other_day + self.opening_fold
-        return self.archived == filed + sum(self.rejected.values())
-
-
-class LateElsewhere(msgspec.Struct, frozen=True):
-    """Rows of a neighbouring day that came after its seal; `until_ns`: when the last of them was received."""
-
-    rows: int
-    until_ns: int
-
-
-class NormalizeResult(msgspec.Struct, frozen=True, kw_only=True):
-    """The tables of a day and the account of its records.
-
-    `filings` are by raw channel, of the day's own records; `from_neighbours` counts rows by table that only the neighbouring
-    days' raw files have. `damaged` names batches that could not be read (their records count as not archived). `late` counts
-    rows off a socket that came after a seal of the day, `late_elsewhere` per neighbouring date those of its rows that came
-    after its own. `figures` are what the day's pictures are drawn from, without the coverage, which is a table.
-    """
-
-    files: tuple[TableFile, ...]
-    filings: dict[str, ChannelFiling]
-    from_neighbours: dict[str, int]
-    drift: tuple[Drift, ...]
-    damaged: tuple[str, ...]
-    late: int
-    late_elsewhere: dict[str, LateElsewhere]
-    figures: Figures | None = None
-
-
-class _Conn(NamedTuple):
-    """A connection by its id; `neighbour` is None for the day's own. The rank says whether it is filed as one of those."""
-
-    name: str
-    code: int
-    rank: int
-    neighbour: int | None
 
 
 class _Block(NamedTuple):
     """Batches of one connection and channel that are read together."""
 
     channel: str
-    conn: _Conn
+    conn: Conn
     data: memoryview
     batches: tuple[Batch, ...]
     key: str
-
-
-class _Scanned(NamedTuple):
-    segment: RawSegment
-    neighbour: int | None
-    batches: tuple[Batch, ...]
 
 
 class _FiledUnit(NamedTuple):
@@ -252,10 +138,10 @@ class _Normalizer:
     def run(self) -> NormalizeResult:
         """Do it all."""
         scanned = self._scan()
-        self._conns = _connections(self._job, scanned)
+        self._conns = connections_of(self._job, scanned)
         self._by_code = sorted(self._conns.values(), key=lambda conn: conn.code)
-        self._lives = _lives(self._job, scanned, self._conns)
-        self._earlier = _earlier_lives(self._job, scanned, self._conns)
+        self._lives = lives_of(self._job, scanned, self._conns)
+        self._earlier = earlier_lives_of(self._job, scanned, self._conns)
         self._know_connections()
         self._read_all(scanned)
         self._know_markets()
@@ -283,7 +169,7 @@ class _Normalizer:
 
     # Raw files → rows on disk.
 
-    def _scan(self) -> list[_Scanned]:
+    def _scan(self) -> list[Scanned]:
         """Read the headers of all batches; of the neighbours' only those near the day's edges are kept."""
         found = []
         for neighbour, segments in (
@@ -291,7 +177,7 @@ class _Normalizer:
             *((i, n.segments) for i, n in enumerate(self._job.neighbours)),
         ):
             for segment in segments:
-                data = _mapped(Path(segment.path))
+                data = mapped(Path(segment.path))
                 batches = []
                 for item in scan(data):
                     if isinstance(item, Damage) and neighbour is None:
@@ -300,7 +186,7 @@ class _Normalizer:
                         )
                     elif isinstance(item, Batch) and (neighbour is None or self._overlaps(item, neighbour)):
                         batches.append(item)
-                found.append(_Scanned(segment, neighbour, tuple(batches)))
+                found.append(Scanned(segment, neighbour, tuple(batches)))
         return found
 
     def _overlaps(self, batch: Batch, neighbour: int) -> bool:
@@ -311,20 +197,20 @@ class _Normalizer:
         return batch.header.recv_last_ns >= low and batch.header.recv_first_ns <= high
 
     def _know_connections(self) -> None:
-        order = sorted(self._by_code, key=lambda conn: (conn.rank in _FOREIGN, conn.neighbour or 0, _age(conn.name)))
+        order = sorted(self._by_code, key=lambda conn: (conn.rank in FOREIGN, conn.neighbour or 0, age(conn.name)))
         place = np.zeros(len(order), np.int64)
         place[[conn.code for conn in order]] = np.arange(len(order))
         filling = {conn.code: self._holes_of_first(conn) for conn in order if conn.rank == SECOND}
         self._known = Connections(np.array([conn.rank for conn in self._by_code], np.int64), place, filling)
 
-    def _holes_of_first(self, second: _Conn) -> Spans:
+    def _holes_of_first(self, second: Conn) -> Spans:
         """Return when the first connections of a second one's shard recorded nothing or had a gap.
 
         Connections of one replica that overlap were not meant to: all that the later one has is compared.
         """
-        part = _slice(second.name)
-        firsts = {conn.name for conn in self._by_code if conn.rank == FIRST and _slice(conn.name) == part}
-        if any(_replica(name) == _replica(second.name) for name in firsts):
+        part = slice_of(second.name)
+        firsts = {conn.name for conn in self._by_code if conn.rank == FIRST and slice_of(conn.name) == part}
+        if any(replica_of(name) == replica_of(second.name) for name in firsts):
             return spans(holes(()))
         intervals = holes((life.from_ns, life.to_ns) for life in self._lives if life.conn in firsts)
         for gap in self._job.gaps:
@@ -334,9 +220,9 @@ class _Normalizer:
                 intervals.append((gap.from_ns, self._job.close_ns if gap.to_ns is None else gap.to_ns))
         return spans(intervals)
 
-    def _blocks(self, scanned: list[_Scanned]) -> Iterator[_Block]:
+    def _blocks(self, scanned: list[Scanned]) -> Iterator[_Block]:
         for part in scanned:
-            data = _mapped(Path(part.segment.path))  # one at a time: what is mapped counts as memory
+            data = mapped(Path(part.segment.path))  # one at a time: what is mapped counts as memory
             group: list[Batch] = []
             size = 0
             for batch in part.batches:
@@ -349,11 +235,11 @@ class _Normalizer:
             if group:
                 yield self._block(part, data, group)
 
-    def _block(self, part: _Scanned, data: memoryview, group: list[Batch]) -> _Block:
+    def _block(self, part: Scanned, data: memoryview, group: list[Batch]) -> _Block:
         conn, channel = _stream(group[0])
         return _Block(channel, self._conns[conn], data, tuple(group), Path(part.segment.path).name)
 
-    def _read_all(self, scanned: list[_Scanned]) -> None:
+    def _read_all(self, scanned: list[Scanned]) -> None:
         waiting: deque[tuple[_Block, Future[tuple[BlockRows, list[str]]]]] = deque()
         with ThreadPoolExecutor(THREADS) as pool:
             for block in self._blocks(scanned):
@@ -393,12 +279,12 @@ class _Normalizer:
             low, high = self._rest_spans.get(block.conn.name, (2**62, -(2**62)))
             self._rest_spans[block.conn.name] = (min(low, int(at_ns.min())), max(high, int(at_ns.max()) + 1))
 
-    def _wanted(self, name: str, table: pa.Table, conn: _Conn) -> pa.Table:
+    def _wanted(self, name: str, table: pa.Table, conn: Conn) -> pa.Table:
         """Leave out early what a second or a neighbour's connection adds nothing with."""
-        if name == "trade" and conn.rank not in _FOREIGN:
+        if name == "trade" and conn.rank not in FOREIGN:
             return table
         recv_ns = integers(table["recv_ns"])
-        if conn.rank not in _FOREIGN:
+        if conn.rank not in FOREIGN:
             if conn.rank != SECOND:
                 return table
             keep = self._known.filling[conn.code].hold(recv_ns, HOLE_MARGIN_NS)
@@ -622,138 +508,6 @@ def _result(future: Future[_FiledUnit] | None) -> _FiledUnit | None:
 
 def _stream(batch: Batch) -> tuple[str, str]:
     return batch.header.conn, batch.header.channel
-
-
-def _mapped(path: Path) -> memoryview:
-    if path.stat().st_size == 0:  # cannot be mapped
-        return memoryview(b"")
-    with path.open("rb") as file:
-        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-
-
-def _age(conn: str) -> tuple[int, int, str]:
-    """Return what sorts connections by their beginning."""
-    match = _CONN.fullmatch(conn)
-    return (int(match["epoch"]), int(match["number"]), conn) if match else (0, 0, conn)
-
-
-def _slice(conn: str) -> str:
-    match = _CONN.fullmatch(conn)
-    return match["slice"] if match else ""
-
-
-def _replica(conn: str) -> str:
-    match = _CONN.fullmatch(conn)
-    return match["replica"] if match else "a"
-
-
-def _connections(job: NormalizeJob, scanned: list[_Scanned]) -> dict[str, _Conn]:
-    """Return all connections by id. A shard `b` is second to `a`, `b2` to `a2`, where that recorded at all.
-
-    So is, within a shard, a connection that began while an earlier one was still up. One of a neighbour that recorded on is
-    filed as the day's own if it was up when the day opened.
-    """
-    ended_ns = _ended_ns(job)
-    lives: dict[str, tuple[int, int]] = {}
-    of_day: dict[str, int | None] = {}
-    for part in scanned:
-        for header in (batch.header for batch in part.batches):
-            low, high = lives.get(header.conn, (header.recv_first_ns, header.recv_first_ns))
-            lives[header.conn] = min(low, header.recv_first_ns), max(high, _up_to_ns(header, ended_ns))
-            of_day.setdefault(header.conn, part.neighbour)
-    conns = {}
-    firsts: dict[tuple[int | None, str], list[str]] = {}
-    names = sorted(lives)
-    for name in sorted(names, key=lambda name: (_replica(name) != "a", lives[name])):
-        neighbour = of_day[name]
-        recorded_on = neighbour is not None and job.neighbours[neighbour].recorded_on
-        foreign = neighbour is not None and not (recorded_on and lives[name][1] > job.open_ns)
-        place = (neighbour if foreign else None, _slice(name))
-        before = firsts.setdefault(place, [])
-        second = any(_replica(other) != _replica(name) or lives[name][0] < lives[other][1] for other in before)
-        if _replica(name) == REST_CHANNEL:
-            rank = REST
-        elif second:
-            rank = NEIGHBOUR_SECOND if foreign else SECOND
-        else:
-            rank = NEIGHBOUR_FIRST if foreign else FIRST
-            before.append(name)
-        conns[name] = _Conn(name, names.index(name), rank, neighbour)
-    return conns
-
-
-def _ended_ns(job: NormalizeJob) -> dict[str, int]:
-    """Return when connections ended, of those behind which there is a gap."""
-    return {str(gap.scope["conn"]): gap.from_ns for gap in job.gaps if gap.gap_id == f"gap-{gap.scope.get('conn')}"}
-
-
-def _up_to_ns(header: BatchHeader, ended_ns: Mapping[str, int]) -> int:
-    """Return until when a batch shows that its connection was up: the notes that a killed one owes come long after."""
-    if header.channel != SESSION:
-        return header.recv_last_ns
-    return min(header.recv_last_ns, ended_ns.get(header.conn, header.recv_last_ns))
-
-
-def _lives(job: NormalizeJob, scanned: list[_Scanned], conns: Mapping[str, _Conn]) -> list[Life]:
-    """Return when each own connection recorded what: from the note that it is subscribed (else its first record) on."""
-    first: dict[str, int] = {}
-    last: dict[str, int] = {}
-    channels: dict[str, set[str]] = {}
-    ended_ns = _ended_ns(job)
-    for part in scanned:
-        if part.neighbour is not None and not job.neighbours[part.neighbour].recorded_on:
-            continue
-        data = _mapped(Path(part.segment.path)) if part.segment.channel == SESSION else memoryview(b"")
-        for batch in part.batches:
-            header = batch.header
-            if conns[header.conn].rank in (REST, *_FOREIGN):
-                continue
-            first[header.conn] = min(first.get(header.conn, header.recv_first_ns), header.recv_first_ns)
-            last[header.conn] = max(last.get(header.conn, header.recv_first_ns), _up_to_ns(header, ended_ns))
-            if part.segment.channel in TABLE_OF_CHANNEL:
-                channels.setdefault(header.conn, set()).add(part.segment.channel)
-            elif part.segment.channel == SESSION:
-                subscribed = _subscribed(data, batch)
-                if subscribed is not None:
-                    at_ns, names = subscribed
-                    first[header.conn] = max(first[header.conn], at_ns)
-                    channels.setdefault(header.conn, set()).update(names)
-    return [
-        Life(conn, tuple(sorted(channels.get(conn, ()))), first[conn], last[conn] + 1)
-        for conn in sorted(first, key=_age)
-    ]
-
-
-def _earlier_lives(
-    job: NormalizeJob, scanned: list[_Scanned], conns: Mapping[str, _Conn]
-) -> dict[str, tuple[int, int]]:
-    """Return since and until when connections of the day before recorded near the boundary.
-
-    What they received of this day is in its tables: where a roll was some seconds late, nothing is missing.
-    """
-    lives: dict[str, tuple[int, int]] = {}
-    for part in scanned:
-        if part.neighbour is None or job.neighbours[part.neighbour].open_ns >= job.open_ns:
-            continue
-        for header in (batch.header for batch in part.batches):
-            if conns[header.conn].rank in _FOREIGN:
-                low, high = lives.get(header.conn, (header.recv_first_ns, header.recv_last_ns + 1))
-                lives[header.conn] = min(low, header.recv_first_ns), max(high, header.recv_last_ns + 1)
-    return lives
-
-
-def _subscribed(data: memoryview, batch: Batch) -> tuple[int, list[str]] | None:
-    """Return when a `session` batch says that all was subscribed, and what; None where it does not."""
-    try:
-        records = decode_records(data, batch)
-    except BatchDamagedError:
-        return None  # named when it is read
-    for line in records.splitlines():
-        if b'"note":{"event":"subscribed"' in line:
-            record = parse_record(line)
-            assert record.note is not None
-            return record.recv_ns, list(record.note.get("sids", {}))
-    return None
 
 
 def _sealed_between(event_ns: Any, recv_ns: Any, seals: tuple[int, ...]) -> Any:

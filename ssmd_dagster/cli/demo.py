@@ -8,7 +8,7 @@ import time
 
 import click
 
-from ssmd_dagster.cli.day import print_day, print_history
+from ssmd_dagster.cli.day_lines import print_day, print_history
 from ssmd_dagster.cli.desk import actor
 from ssmd_dagster.cli.output import print_json
 from ssmd_dagster.clock import system_clock

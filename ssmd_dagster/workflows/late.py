@@ -15,7 +15,7 @@ from ssmd_dagster.day.states import DayState, EventName
 from ssmd_dagster.workflows.desk import Desk
 
 if TYPE_CHECKING:  # loads pyarrow, which most commands have no use for
-    from ssmd_dagster.archive.normalize import LateElsewhere
+    from ssmd_dagster.archive.normalize_job import LateElsewhere
 
 
 def late_of(day: TradingDay, rows: int) -> LateRows | None:

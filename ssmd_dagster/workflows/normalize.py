@@ -29,7 +29,7 @@ from ssmd_dagster.archive.layout import (
     table_key,
     table_prefix,
 )
-from ssmd_dagster.archive.normalize import (
+from ssmd_dagster.archive.normalize_job import (
     ChannelFiling,
     LateElsewhere,
     Neighbour,

@@ -31,7 +31,7 @@ from ssmd_dagster.workflows.reading import DayReading
 from ssmd_dagster.workflows.trades import Compared, line_of
 
 if TYPE_CHECKING:  # loads pyarrow, which most commands have no use for
-    from ssmd_dagster.archive.normalize import ChannelFiling
+    from ssmd_dagster.archive.normalize_job import ChannelFiling
 
 MAX_FAULTS_TOLD = 10
 MAX_FAULTS_JOURNALED = 100

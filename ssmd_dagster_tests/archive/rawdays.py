@@ -13,13 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ssmd_dagster.archive.batch import Batch, read_last
-from ssmd_dagster.archive.normalize import (
-    Neighbour,
-    NormalizeJob,
-    NormalizeResult,
-    RawSegment,
-    normalize_day,
-)
+from ssmd_dagster.archive.normalize import normalize_day
+from ssmd_dagster.archive.normalize_job import Neighbour, NormalizeJob, NormalizeResult, RawSegment
 from ssmd_dagster.archive.segment import SegmentWriter
 from ssmd_dagster.capture.recorder import Flush, Origin, Recorder, seal
 from ssmd_dagster.exchange import Envelope

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssmd_dagster.archive.normalize import LateElsewhere, Neighbour
+from ssmd_dagster.archive.normalize_job import LateElsewhere, Neighbour
 from ssmd_dagster.archive.tables import SCHEMAS
 from ssmd_dagster.day.events import Gap
 from ssmd_dagster.exchange import Market

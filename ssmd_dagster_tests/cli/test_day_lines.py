@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from ssmd_dagster.cli.day import FAULTS_SHOWN, print_day, print_ledger, print_verification
+from ssmd_dagster.cli.day_lines import FAULTS_SHOWN, print_day, print_ledger, print_verification
 from ssmd_dagster.day.ledger import BooksLedger, Explanation, Ledger, TradesLedger, WireLedger
 from ssmd_dagster.day.payloads import DriftCount, DriftFound
 from ssmd_dagster.day.states import EventName

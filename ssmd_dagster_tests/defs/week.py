@@ -55,6 +55,8 @@ class Week:
 
     def __init__(self, folder: Path) -> None:
         self.house = House.build(folder)
+        self._crash_file = folder / "crash-at"
+        self.house.variables["SSMD_CRASH_FILE"] = str(self._crash_file)
         self.house.add(
             ENV,
             simulator={"seed": 11, "markets": 60, "rate_per_second": 400, "trades_per_day": 0},
@@ -218,6 +220,14 @@ class Week:
         assert killed, word
         for process in killed:
             process.kill()
+
+    def crash_at(self, point: str) -> None:
+        """Let the next process that reaches a named point die there, once."""
+        self._crash_file.write_text(point)
+
+    def crashed(self) -> bool:
+        """Tell whether somebody has died at the named point."""
+        return not self._crash_file.exists()
 
     def switch_off(self) -> None:
         """Kill everything but the exchange, which is no part of the machine."""

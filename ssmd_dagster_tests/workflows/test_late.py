@@ -11,7 +11,7 @@ import msgspec
 import pyarrow.parquet as pq
 
 from ssmd_dagster.archive.layout import segment_key, table_key
-from ssmd_dagster.archive.normalize import LateElsewhere
+from ssmd_dagster.archive.normalize_job import LateElsewhere
 from ssmd_dagster.day.calendar import Window
 from ssmd_dagster.day.events import Book, TradingDay
 from ssmd_dagster.day.payloads import LateRows, Payload
