@@ -23,7 +23,7 @@ from ssmd_dagster.day.states import EventName
 from ssmd_dagster_tests.house import House
 
 ENV = "bench"
-TRADES, LIMITED_TRADES = 3_000_000, 1_000_000
+TRADES, LIMITED_TRADES = 5_000_000, 1_000_000
 RATE = 20
 YEARS = 10
 MOST_MIB = 400

@@ -14,6 +14,7 @@ import asyncio
 import logging
 import sys
 from collections import deque
+from datetime import date as Date  # noqa: N812 - `date` is the contract's word for the written form
 from pathlib import Path
 
 from ssmd_dagster.archive.batch import BatchHeader
@@ -43,7 +44,7 @@ from ssmd_dagster.capture.spool import (
     spooled_records,
 )
 from ssmd_dagster.day.payloads import ChannelCount, Checkpoint, GapClosed, GapOpened
-from ssmd_dagster.day.states import EventName
+from ssmd_dagster.day.states import DayState, EventName
 from ssmd_dagster.environments.home import spool_dir
 from ssmd_dagster.errors import ExitCode, SsmdError
 from ssmd_dagster.exchange import SESSION
@@ -221,8 +222,11 @@ def _time_around(path: Path, sid: str, first: int, last: int) -> tuple[int, int]
     return min(from_ns, to_ns), to_ns
 
 
-async def declare_gaps(directory: Path, book: DayBook, date: str) -> int:
-    """Tell the journal of every gap that it has not been told of, and what healed which; return how many events these were."""
+async def declare_gaps(directory: Path, book: DayBook, date: str, close_ns: int = 0) -> int:
+    """Tell the journal of every gap that it has not been told of, and what healed which; return how many events these were.
+
+    `close_ns` is when the day closed; 0 while it goes on.
+    """
     declared = 0
     for event, data in noted_gaps(directory):
         declared += await tell(book, date, event, data)
@@ -231,7 +235,7 @@ async def declare_gaps(directory: Path, book: DayBook, date: str) -> int:
             for event, data in undeclared_holes(directory, conn):
                 declared += await tell(book, date, event, data)
     for shard in sorted({shard_of(conn) for conn in spooled_connections(directory)}):
-        for lost in gaps_between(directory, shard):
+        for lost in gaps_between(directory, shard, close_ns):
             for event, data in lost.events(f"connector-{shard}"):
                 declared += await tell(book, date, event, data)
     lives = [life for conn in spooled_connections(directory) if (life := life_of(directory, conn)) is not None]
@@ -239,6 +243,15 @@ async def declare_gaps(directory: Path, book: DayBook, date: str) -> int:
     for end in healed(day.gaps if day is not None else (), lives):
         declared += await tell(book, date, EventName.GAP_CLOSED, end)
     return declared
+
+
+async def _closed_ns(setting: Setting, book: DayBook, date: str) -> int:
+    """Return when the day closed, 0 where it is not being ended."""
+    day = await book.day(date)
+    if day is None or day.state is not DayState.ENDING:
+        return 0
+    planned_ns = setting.env.calendar().close_ns(Date.fromisoformat(date))
+    return planned_ns if day.close_ns is None else day.close_ns
 
 
 async def main(env_name: str, date: str, stop: asyncio.Event) -> None:
@@ -256,7 +269,7 @@ async def audit(setting: Setting, stores: Stores, date: str) -> None:
         if owed:
             _log.warning("wrote %d interval notes that %s did not come to write", owed, conn)
     book = DayBook(setting.env.name, stores.journal, stores.cache, setting.clock, f"capture:{COMPONENT}")
-    declared = await declare_gaps(directory, book, date)
+    declared = await declare_gaps(directory, book, date, await _closed_ns(setting, book, date))
     if declared:
         _log.warning("told the journal of %d beginnings and ends of gaps that it did not know", declared)
     repaired = await republish(stores, directory, date)

@@ -45,6 +45,7 @@ HOST_SUSPENDED = "host_suspended"
 """What it notes before it closes the socket because the host has slept; also the gap's cause."""
 CONNECTION_LOST = "connection_lost"
 RATE_LIMITED = "rate_limited"
+OPERATOR_STOP = "operator_stop"
 _PASSING = frozenset({RATE_LIMITED, "exchange_maintenance", "closed_by_schedule"})
 GAP = "gap"
 """The note of a gap: its id, cause, from, scope, and, once it is over, to and outcome."""
@@ -125,7 +126,7 @@ def life_of(spool: Path, conn: str) -> Life | None:
         else:
             last_ns = max(last_ns, header.recv_last_ns)
     if STOPPING in events:
-        cause = "operator_stop"
+        cause = OPERATOR_STOP
     elif "disconnected" in events:
         cause = next((cause for cause in (BUFFER_OVERFLOW, HOST_SUSPENDED) if cause in events), CONNECTION_LOST)
     else:
@@ -133,11 +134,15 @@ def life_of(spool: Path, conn: str) -> Life | None:
     return Life(conn, up_ns, last_ns, cause, events.get(STOPPING))
 
 
-def gaps_between(spool: Path, shard: str) -> list[Lost]:
-    """Return the intervals between the connections of a shard, the last one open unless it was told to stop."""
+def gaps_between(spool: Path, shard: str, close_ns: int = 0) -> list[Lost]:
+    """Return the intervals between the connections of a shard, and one, still open, behind the last.
+
+    There is none behind one that was told to stop, unless that was before `close_ns`, when the day closed: whoever stopped the
+    supervisor stopped its processes too.
+    """
     lives = [life for conn in spooled_connections(spool) if shard_of(conn) == shard and (life := life_of(spool, conn))]
     lost = [Lost(life.conn, life.cause, life.last_ns, after.up_ns) for life, after in pairwise(lives)]
-    if lives and lives[-1].cause != "operator_stop":
+    if lives and (lives[-1].cause != OPERATOR_STOP or lives[-1].end_ns < close_ns):
         lost.append(Lost(lives[-1].conn, lives[-1].cause, lives[-1].last_ns))
     return lost
 

@@ -139,6 +139,7 @@ class TradingDay(msgspec.Struct, frozen=True, kw_only=True):
         late: Rows that came after a seal, as far as is known.
         completed: The data of the latest `completed`, kept through a later revision's attempt.
         last_seq: Sequence of the last event folded; `updated_ns` is its time.
+        acted_ns: Time of the last event that is a verb's work; what processes tell of themselves does not count.
     """
 
     env: str
@@ -170,6 +171,7 @@ class TradingDay(msgspec.Struct, frozen=True, kw_only=True):
     sealed: payloads.Sealed | None = None
     last_seq: int
     updated_ns: int
+    acted_ns: int = 0
 
     @property
     def source(self) -> payloads.Mode:
@@ -312,6 +314,9 @@ def new_event(
     return made
 
 
+_TOLD_BY_PROCESSES = frozenset({EventName.CHECKPOINT, EventName.GAP_OPENED, EventName.GAP_CLOSED})
+
+
 def fold_day(day: TradingDay | None, event: DayEvent, seq: int) -> TradingDay:
     """Return the day after `event`, whose sequence is `seq`; `day` is None before its first event.
 
@@ -333,12 +338,14 @@ def fold_day(day: TradingDay | None, event: DayEvent, seq: int) -> TradingDay:
             actor=event.actor,
             last_seq=seq,
             updated_ns=event.at_ns,
+            acted_ns=event.at_ns,
         )
     if event.epoch is None and event.event in OPENS_EPOCH:
         day = replace(day, epoch=seq, epochs=(*day.epochs, seq), actor=event.actor, steps=(), failure=None)
     effect = _EFFECTS.get(event.event)
     changes = {} if effect is None else effect(day, event, data)
-    return replace(day, state=event.to or day.state, last_seq=seq, updated_ns=event.at_ns, **changes)
+    acted_ns = day.acted_ns if event.event in _TOLD_BY_PROCESSES else event.at_ns
+    return replace(day, state=event.to or day.state, last_seq=seq, updated_ns=event.at_ns, acted_ns=acted_ns, **changes)
 
 
 def fold(events: Iterable[tuple[int, DayEvent]], onto: Book = EMPTY_BOOK) -> Book:

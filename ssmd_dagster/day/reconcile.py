@@ -335,4 +335,4 @@ class _Planning:
         return day.date not in self._facts.held and self._idle_s(day) > STALE_S
 
     def _idle_s(self, day: TradingDay) -> float:
-        return (self._now_ns - day.updated_ns) / _NS
+        return (self._now_ns - day.acted_ns) / _NS  # its connectors go on telling their counts

@@ -43,6 +43,15 @@ def test_a_connection_that_was_told_to_stop_is_no_loss(tmp_path: Path) -> None:
     assert gaps_between(tmp_path, "a") == []
 
 
+def test_a_connection_that_was_told_to_stop_before_the_day_was_over_is_one(tmp_path: Path) -> None:
+    """Its supervisor was stopped, and nobody started it again: the rest of the day lacks what it would have recorded."""
+    a_recording().write(tmp_path)
+    life = life_of(tmp_path, "812-a-0")
+    assert life is not None
+    assert gaps_between(tmp_path, "a", life.end_ns) == []
+    assert gaps_between(tmp_path, "a", life.end_ns + 1) == [Lost("812-a-0", "operator_stop", life.last_ns)]
+
+
 @pytest.mark.parametrize("finished", [False, True])
 def test_a_killed_process_is_a_crash_from_its_last_frame_on(tmp_path: Path, finished: bool) -> None:
     """Whether or not the audit has written what it owed, hours later."""

@@ -182,6 +182,14 @@ def test_a_verb_that_was_cut_off_is_done_again_once_its_lease_is_gone(state: Day
     assert asked(decided(log, later)) == [(verb, DAY.isoformat())]
 
 
+def test_a_verb_that_was_cut_off_is_seen_although_its_connectors_go_on() -> None:
+    """They tell their counts every minute; that is nobody at work on the end of the day."""
+    log = Log()
+    put(log, DAY, DayState.ENDING, clock="11:59")
+    log.add(_E.CHECKPOINT, date=DAY.isoformat(), at_ns=ns(DAY, "12:02"), data={"component": "connector-a"})
+    assert asked(decided(log, ns(DAY, "12:02"))) == [("end", DAY.isoformat())]
+
+
 def test_a_start_that_was_cut_off_is_failed_once_its_day_is_over() -> None:
     """A live start of a day that is over would record another day's messages."""
     log = Log()

@@ -18,7 +18,7 @@ from ssmd_dagster_tests.workflows.replaying import ago, archived_ids, sim, true_
 
 ENV = "replayed"
 TRADES = 30_000
-SLOW = {"fault": "http_slow", "path": "/historical/trades", "delay_s": 1.5, "count": 10_000}
+SLOW = {"fault": "http_slow", "path": "/historical/trades", "delay_s": 4.0, "count": 10_000}
 
 
 @pytest.fixture(scope="module")
