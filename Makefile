@@ -35,7 +35,7 @@ faults: $(READY) ## break everything that can break, and write docs/fault-matrix
 chaos: $(READY) ## kill anything at random for MINUTES while a day runs
 	$(BIN)/python -m ssmd_dagster_tests.faults.chaos --minutes $(MINUTES) --seed $(SEED) --report $(REPORTS)/chaos
 
-week: $(READY) ## a week in minutes, broken and brought back by schedules and sensors alone; about 25 minutes
+week: $(READY) ## a broken week in fast time, brought back by schedules and sensors alone; about 25 minutes
 	$(BIN)/python -m pytest ssmd_dagster_tests/defs/test_week.py ssmd_dagster_tests/defs/test_week_crashes.py
 
 lint: $(READY) ## format, style, types, arrows of the house

@@ -4,7 +4,7 @@ First the parts that need no server and the archiver by itself against a real NA
 exchange, a NATS server with `sync_interval: always` and a connector share the machine, and what the stream has acknowledged is
 counted; beside it a bare read loop with picows and one with the `websockets` library. At full speed the exchange sends what
 the connector's socket takes, and no more: one that is told a rate beyond that spends the connector's share of the machine on
-frames that it then throws away. Wants two quiet cores and about four minutes; what is given per second of CPU hardly depends
+frames that it then throws away. Wants two quiet cores and about seven minutes; what is given per second of CPU hardly depends
 on who else is at work.
 """
 
