@@ -11,18 +11,30 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ssmd_dagster.archive.books import Book, BookUnknownError, book_at, depth_of_book, top_of_book
-    from ssmd_dagster.archive.reader import GapError, GapWarning, contracts, coverage, dollars, load
-    from ssmd_dagster.archive.recorded import DayNotFoundError, DayNotReadyError
+    from ssmd_dagster.archive.reader import (
+        FutureVersionError,
+        GapError,
+        GapWarning,
+        NoRowsWarning,
+        contracts,
+        coverage,
+        dollars,
+        load,
+    )
+    from ssmd_dagster.archive.recorded import BrokenFileError, DayNotFoundError, DayNotReadyError
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Book",
     "BookUnknownError",
+    "BrokenFileError",
     "DayNotFoundError",
     "DayNotReadyError",
+    "FutureVersionError",
     "GapError",
     "GapWarning",
+    "NoRowsWarning",
     "book_at",
     "contracts",
     "coverage",
@@ -37,9 +49,19 @@ _ROOM_OF = {
         ("Book", "BookUnknownError", "book_at", "depth_of_book", "top_of_book"), "ssmd_dagster.archive.books"
     ),
     **dict.fromkeys(
-        ("GapError", "GapWarning", "contracts", "coverage", "dollars", "load"), "ssmd_dagster.archive.reader"
+        (
+            "FutureVersionError",
+            "GapError",
+            "GapWarning",
+            "NoRowsWarning",
+            "contracts",
+            "coverage",
+            "dollars",
+            "load",
+        ),
+        "ssmd_dagster.archive.reader",
     ),
-    **dict.fromkeys(("DayNotFoundError", "DayNotReadyError"), "ssmd_dagster.archive.recorded"),
+    **dict.fromkeys(("BrokenFileError", "DayNotFoundError", "DayNotReadyError"), "ssmd_dagster.archive.recorded"),
 }
 
 

@@ -6,7 +6,7 @@ Nothing here knows Kalshi, and nothing outside an exchange's room knows more of 
 from __future__ import annotations
 
 import importlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import msgspec
@@ -257,12 +257,20 @@ class TradesRead(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class MarketPage(msgspec.Struct, frozen=True, kw_only=True):
-    """One page of the exchange's list of markets: `rows` is a JSON array as it came, with the rows' tickers."""
+    """One page of the exchange's list of markets: `rows` is a JSON array as it came, with the rows' tickers and events."""
 
     endpoint: str
     params: dict[str, str]
     rows: bytes
     tickers: frozenset[str]
+    events: frozenset[str] = frozenset()
+
+
+class Place(NamedTuple):
+    """Where an event belongs: its series, and the category of that; `""` where the exchange does not say."""
+
+    series_ticker: str
+    category: str
 
 
 class Exchange(Protocol):
@@ -306,6 +314,9 @@ class Exchange(Protocol):
         self, *, tickers: Sequence[str] | None = None, series: str | None = None, around: tuple[int, int] | None = None
     ) -> AsyncIterator[MarketPage]:
         """Yield markets, past ones too, by `tickers` or of one `series`; with `around` only those open in that interval."""
+
+    async def places(self, events: Collection[str]) -> dict[str, Place]:
+        """Return where events belong, past ones too; what the exchange does not know is left out."""
 
     async def connect(self, sink: FrameSink, *, use_yes_price: bool = False) -> Connection:
         """Open one socket; `use_yes_price` goes with every order book subscription.

@@ -193,6 +193,9 @@ def depth_of_book(
     if not 1 <= depth <= 100:
         raise UsageError(f"a depth of {depth} levels", do="Give 1 to 100")
     selection = select(find(env_or_path), date, TABLE, tickers=ticker, on_gap="ignore", revision=revision)
+    selection = selection._replace(
+        to_ns=_window(selection)[1]
+    )  # snapshots that came behind it are the next day's to show
     return depth_from(_rows(selection), ticker, depth, holes=_holes(selection))
 
 
@@ -446,14 +449,19 @@ def _day_of(recorded: Recorded, ticker: str, at_ns: int, allow_unknown: bool, re
             on_gap="ignore",
             revision=revision,
         )
-        window = [int(selection.stated()[f"ssmd.{edge}_ns"]) for edge in ("open", "close")]
-        if window[0] <= at_ns < window[1]:
+        open_ns, close_ns = _window(selection)
+        if open_ns <= at_ns < close_ns:
             return selection._replace(to_ns=at_ns + 1)
     if there:
         raise NotFoundError(
             f"no recorded day holds {_time(at_ns)}", where=recorded.name, do=f"Tried {', '.join(there)}"
         )
     return select(recorded, candidates[0], TABLE, tickers=ticker)  # raises what there is to say of that day
+
+
+def _window(selection: Selection) -> tuple[int, int]:
+    stated = selection.stated()
+    return int(stated["ssmd.open_ns"]), int(stated["ssmd.close_ns"])
 
 
 def _holes(selection: Selection) -> list[dict[str, Any]]:

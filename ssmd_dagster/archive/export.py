@@ -50,7 +50,7 @@ def export(
     """
     if to.suffix not in _WRITERS:
         raise UsageError(
-            f"no format is known by the ending {to.suffix or 'of'} {to.name}", do=f"One of {', '.join(_WRITERS)}"
+            f"the name {to.name} does not say a known format", do=f"Let it end in one of {', '.join(_WRITERS)}"
         )
     if to.exists() and not overwrite:
         raise RefusedError("there is such a file already", where=str(to), do="Choose another name, or say --overwrite")

@@ -77,7 +77,7 @@ class Counting:
         self._open_ns, self._close_ns = claims.open_ns, claims.close_ns
         span_ns = max(claims.close_ns - claims.open_ns, 1)
         long = span_ns > 120 * 60 * _NS
-        self._bin_ns = max(60 * _NS, -(-span_ns // _MAX_BINS)) if long else max(-(-span_ns // 120), _NS)
+        self._bin_ns = max(60 * _NS, -(-span_ns // _MAX_BINS)) if long else -(-span_ns // (120 * _NS)) * _NS
         self._bins: dict[str, npt.NDArray[np.int64]] = {}
         self._latency: dict[str, _LatencyCount] = {}
         self._markets: Counter[str] = Counter()

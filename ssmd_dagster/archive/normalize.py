@@ -8,6 +8,7 @@ fetching and storing (`workflows.normalize`), what a message means (the exchange
 
 from __future__ import annotations
 
+import resource
 import sys
 import tempfile
 from collections import Counter, deque
@@ -67,6 +68,8 @@ from ssmd_dagster.exchange import REST as REST_CHANNEL
 from ssmd_dagster.exchange import Row, row_reader
 
 THREADS = 2
+OPEN_FILES = 10_240
+"""As many as macOS lets a process have; systemd gives 1,024, which is 150 million rows of a table."""
 BLOCK_BYTES = 4 << 20
 OVERLAP_NS = 60_000_000_000
 """How far from the day's edges the neighbouring days' batches are looked into."""
@@ -544,9 +547,18 @@ class _WithoutPandas(MetaPathFinder):
             raise ModuleNotFoundError(name)
 
 
+def allow_open_files() -> None:
+    """Raise this process's limit of open files: the more rows a day has, the more files they are put aside in (`spill`)."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def main() -> None:
     """Read a job, do it, write the result."""
     job_path, result_path = map(Path, sys.argv[1:])
+    allow_open_files()
     # Arrow imports pandas, where it is installed, to see whether what it is given is of pandas: half a second for nothing.
     sys.meta_path.insert(0, _WithoutPandas())
     result = normalize_day(msgspec.json.decode(job_path.read_bytes(), type=NormalizeJob))

@@ -14,10 +14,10 @@ from html import escape
 from typing import NamedTuple
 
 WIDTH = 960
-_LEFT, _RIGHT, _TOP, _AXIS = 112, 22, 8, 26
+_LEFT, _RIGHT, _TOP, _AXIS = 112, 28, 8, 26
 _PLOT = WIDTH - _LEFT - _RIGHT
 _NS = 1_000_000_000
-_STEPS_S = (60, 300, 600, 1_800, 3_600, 7_200, 14_400, 21_600, 43_200, 86_400)
+_STEPS_S = (1, 2, 5, 10, 15, 30, 60, 300, 600, 1_800, 3_600, 7_200, 14_400, 21_600, 43_200, 86_400)
 _MAX_TICKS = 9
 _HEAD = 17
 """Pixels above a lane's highest point, for the words that say how high it is."""
@@ -204,11 +204,12 @@ def _time_grid(open_ns: int, close_ns: int, bottom: float) -> str:
     seconds = max((close_ns - open_ns) / _NS, 1)
     step = next((step for step in _STEPS_S if seconds / step <= _MAX_TICKS), _STEPS_S[-1])
     parts = []
+    words = "%H:%M" if step >= 60 else "%H:%M:%S"
     first = -(-open_ns // (step * _NS)) * step
     for at_s in range(first, close_ns // _NS + 1, step):
         x = _LEFT + _PLOT * (at_s * _NS - open_ns) / (close_ns - open_ns)
         parts.append(_line(x, _TOP, x, bottom))
-        parts.append(_text(x, bottom + 16, datetime.fromtimestamp(at_s, UTC).strftime("%H:%M"), "c m"))
+        parts.append(_text(x, bottom + 16, datetime.fromtimestamp(at_s, UTC).strftime(words), "c m"))
     parts.append(_text(0, bottom + 16, "UTC", "m"))
     return "".join(parts)
 

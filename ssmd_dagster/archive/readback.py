@@ -28,6 +28,7 @@ from ssmd_dagster.archive.intervals import (
     sids_in,
     torn_in,
 )
+from ssmd_dagster.archive.losses import Batches, Loss
 from ssmd_dagster.archive.numbering import Numberings, WireCount
 from ssmd_dagster.archive.segment import Ranges, add_range
 from ssmd_dagster.exchange import SESSION
@@ -50,8 +51,8 @@ class Readback(msgspec.Struct, frozen=True, kw_only=True):
     `archived` and `received` count records per channel; `received` is what the recorder's interval notes claim.
     `by_connection` counts the archived ones per connection and channel. `wire` counts the exchange's own numbers per connection
     and sid, `jumps` are what the recorder noted of them per connection, `unrecorded` how many frames of a connection it says
-    were lost (torn) or not kept (oversized). `faults` names everything that is not as it must be; empty means that every check
-    passed over `records` records.
+    were lost (torn) or not kept (oversized). `losses` are the batches that the segments do not give back. `faults` names
+    everything that is not as it must be; empty means that every check passed over `records` records.
     """
 
     segments: tuple[SegmentFinding, ...]
@@ -64,6 +65,7 @@ class Readback(msgspec.Struct, frozen=True, kw_only=True):
     wire: tuple[WireCount, ...]
     jumps: dict[str, tuple[Jump, ...]]
     unrecorded: dict[str, int]
+    losses: tuple[Loss, ...]
     faults: tuple[str, ...]
 
 
@@ -94,6 +96,7 @@ class DayReadback:
         self._jumps: dict[str, list[Jump]] = {}
         self._announced: set[tuple[str, int]] = set()
         self._oversized: dict[str, int] = {}
+        self._batches = Batches()
 
     def feed(self, key: str, channel: str, number: int, data: bytes) -> None:
         """Take one whole segment: the `number`-th of `channel`."""
@@ -140,12 +143,15 @@ class DayReadback:
             records = decode_records(data, batch)
         except BatchDamagedError as error:
             self._faults.append(f"{key}: {error.what}")
+            self._batches.spoilt(header)
             return 0
         try:
             ordinals = ordinals_of(records)
         except ValueError as error:
             self._faults.append(f"{key}: batch {conn}/{channel}/{header.batch} holds no records: {error}")
+            self._batches.spoilt(header)
             return 0
+        self._batches.whole(header)
         self._ordinals.setdefault(conn, Ordinals()).add(ordinals)
         honest = ordinals == sorted(ordinals) and (ordinals[0], ordinals[-1]) == (header.n_first, header.n_last)
         if not honest:
@@ -194,6 +200,10 @@ class DayReadback:
             check.feed(decode_records(data, batch), batch.header.n_first, batch.header.n_last)
         except BatchDamagedError as error:
             self._faults.append(f"{key}: changed while it was read: {error.what}")
+
+    def losses(self) -> tuple[Loss, ...]:
+        """Return the batches that are missing in what was fed so far."""
+        return self._batches.losses(self._stated)
 
     def finish(self, read_range: Callable[[str, int, int], bytes]) -> Readback:
         """Check what needs the whole day and return the findings.
@@ -244,5 +254,6 @@ class DayReadback:
                 for conn in sorted(self._ordinals)
                 if (lost := self._oversized.get(conn, 0) + (self._torn[conn].records if conn in self._torn else 0))
             },
+            losses=self.losses(),
             faults=tuple(self._faults),
         )

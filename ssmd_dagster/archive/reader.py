@@ -183,7 +183,7 @@ def load(
     date: Dates,
     table: str,
     tickers: str | Iterable[str] | None = None,
-    columns: Sequence[str] | None = None,
+    columns: str | Sequence[str] | None = None,
     *,
     engine: Engine = "arrow",
     on_gap: OnGap = "raise",
@@ -203,7 +203,7 @@ def load(
         date: A day, `2025-12-14`, or first and last of a range, both included.
         table: trade, ticker, orderbook, lifecycle, coverage, security_master or late.
         tickers: One or more market tickers; None is all.
-        columns: Names, in the order wanted; None is all.
+        columns: One name or more, in the order wanted; None is all.
         engine: arrow (a `pyarrow.Table`), polars (a `LazyFrame`), pandas (a `DataFrame` of Arrow's types, so that integers
             stay exact beside nulls) or duckdb (a relation of the default connection). Polars and DuckDB read when asked to,
             with their own readers, which pass over the checksum of a page; the others check every page that they read.
@@ -231,6 +231,7 @@ def load(
         raise UsageError(f"no such engine: {engine}", do=f"One of {', '.join(_ENGINES)}")
     if on_gap not in get_args(OnGap):
         raise UsageError(f"no such on_gap: {on_gap}", do=f"One of {', '.join(get_args(OnGap))}")
+    columns = [columns] if isinstance(columns, str) else columns
     names = SCHEMAS[table].names if table in SCHEMAS else []
     if unknown := [name for name in columns or () if names and name not in names]:
         raise UsageError(f"the table {table} has no column {', '.join(unknown)}", do=f"It has {', '.join(names)}")
@@ -246,7 +247,7 @@ def load(
         to_ns=to_ns,
     )
     if on_gap != "ignore":
-        _warn_of_absent_tickers(selection)
+        warn_of_absent_tickers(selection)
     return _ENGINES[engine](package, selection, columns, decimals)
 
 
@@ -267,6 +268,8 @@ def select(
     wanted = None if tickers is None else tuple([tickers] if isinstance(tickers, str) else dict.fromkeys(tickers))
     if table in _WITHOUT_TIME and (from_ns is not None or to_ns is not None):
         raise UsageError(f"the table {table} has no event time to choose by", do="Leave from_ns and to_ns out")
+    if from_ns is not None and to_ns is not None and to_ns < from_ns:
+        raise UsageError(f"the interval ends before it begins: {from_ns} to {to_ns}", do="Swap from_ns and to_ns")
     if table == _COVERAGE and wanted is not None:
         raise UsageError("the table coverage is not chosen by ticker", do="Use `coverage(…, tickers=…)`")
     files: list[TableFile] = []
@@ -292,14 +295,14 @@ def coverage(
     env_or_path: str | Path,
     date: Dates,
     *,
-    channels: Sequence[str] | None = None,
-    tickers: Iterable[str] | None = None,
+    channels: str | Iterable[str] | None = None,
+    tickers: str | Iterable[str] | None = None,
     revision: int | None = None,
 ) -> pa.Table:
     """Return what was recorded, per channel, market and interval: the table `coverage` with a first column `date`.
 
-    `channels` are the recorder's (`trade`, `orderbook_delta`, …); with `tickers` only rows of all markets and of those.
-    Raises what `load` raises, but for the gaps that it is about.
+    `channels` are the recorder's, one or more (`trade`, `orderbook_delta`, …); with `tickers` only rows of all markets and of
+    those. Raises what `load` raises, but for the gaps that it is about.
     """
     selection = select(find(env_or_path), date, _COVERAGE, on_gap="ignore", revision=revision)
     return coverage_of(selection.recorded, selection.files, channels, tickers)
@@ -308,13 +311,16 @@ def coverage(
 def coverage_of(
     recorded: Recorded,
     files: Sequence[TableFile],
-    channels: Sequence[str] | None = None,
-    tickers: Iterable[str] | None = None,
+    channels: str | Iterable[str] | None = None,
+    tickers: str | Iterable[str] | None = None,
 ) -> pa.Table:
     """Return the rows of the given files of `coverage`; see `coverage`."""
     condition = None if tickers is None else pc.field("market").is_null() | pc.field("market").isin(_strings(tickers))
     if channels is not None:
-        chosen = pc.field("channel").cast(pa.string()).isin(_strings(channels))
+        named = _strings(channels)
+        if unknown := sorted(set(named.to_pylist()) - set(TABLE_OF_CHANNEL)):
+            raise UsageError(f"no such channel: {', '.join(unknown)}", do=f"One of {', '.join(TABLE_OF_CHANNEL)}")
+        chosen = pc.field("channel").cast(pa.string()).isin(named)
         condition = chosen if condition is None else condition & chosen
     parts = [pa.schema([pa.field("date", pa.string()), *SCHEMAS[_COVERAGE]]).empty_table()]
     for file in files:
@@ -428,7 +434,8 @@ def _check_holes(selection: Selection, on_gap: OnGap) -> None:
 def _hole_text(row: dict[str, Any]) -> str:
     times = [str(np.datetime64(row[name], "ns").astype("datetime64[ms]")) for name in ("from_ns", "to_ns")]
     market = "" if row["market"] is None else f" of {row['market']}"
-    return f"{times[0]}Z to {times[1].partition('T')[2]}Z{market} ({row['cause']})"
+    until = times[1].removeprefix(times[0][:11])  # without its date where that is the same
+    return f"{times[0]}Z to {until}Z{market} ({row['cause']})"
 
 
 def _tell(concern: SsmdError, on_gap: OnGap) -> None:
@@ -446,7 +453,7 @@ def _outside() -> int:
     return level
 
 
-def _warn_of_absent_tickers(selection: Selection) -> None:
+def warn_of_absent_tickers(selection: Selection) -> None:
     """Warn of tickers without a row; the security master says whether they existed."""
     if selection.tickers is None or selection.table in _WITHOUT_TIME or not selection.files:
         return
@@ -590,8 +597,8 @@ def _smallest(places: int) -> Decimal:
     return Decimal(1).scaleb(-places)
 
 
-def _strings(values: Iterable[str]) -> pa.Array:
-    return pa.array(list(values), pa.string())
+def _strings(values: str | Iterable[str]) -> pa.Array:
+    return pa.array([values] if isinstance(values, str) else list(values), pa.string())
 
 
 def _is_local(selection: Selection) -> bool:

@@ -112,6 +112,11 @@ class Recorded:
         self._raw = raw
 
     @property
+    def place(self) -> str:
+        """Return where the tables lie: a folder, or bucket and folder of S3."""
+        return self._tables
+
+    @property
     def has_manifests(self) -> bool:
         """Say whether manifests are at hand."""
         return self._raw is not None
@@ -194,7 +199,7 @@ class Recorded:
         return DayNotFoundError(
             f"{date} is not recorded",
             where=self.name,
-            do=f"The nearest recorded: {near}" if near else "No day is recorded yet",
+            do=f"The nearest recorded: {near}" if near else f"No day is recorded in {self.place}",
         )
 
     def _read(self, path: str) -> bytes:
@@ -255,7 +260,14 @@ def find(env_or_path: str | Path) -> Recorded:
     """
     text = str(env_or_path)
     if isinstance(env_or_path, str) and "/" not in text and not text.startswith((".", "~")):
-        return of_environment(load_registry().get(text))
+        try:
+            return of_environment(load_registry().get(text))
+        except NotFoundError as error:
+            if not Path(text).is_dir():
+                raise
+            raise NotFoundError(
+                error.what, where=error.where, do=f"For the folder of that name say ./{text}"
+            ) from error
     if "://" in text:
         try:
             filesystem, root = fs.FileSystem.from_uri(text)
@@ -298,7 +310,7 @@ def dates_of(recorded: Recorded, wanted: Dates) -> list[str]:
         UsageError: Not a date, or a range of other than two, or backwards.
         DayNotFoundError: No day of the range is recorded.
     """
-    if isinstance(wanted, str | Date):
+    if isinstance(wanted, str | Date) or not isinstance(wanted, Sequence):
         return [_written(wanted)]
     if len(wanted) != 2:
         raise UsageError(f"a range has a first and a last day, got {len(wanted)}", do="Give one date, or two")
@@ -312,8 +324,9 @@ def dates_of(recorded: Recorded, wanted: Dates) -> list[str]:
     return found
 
 
-def _written(date: str | Date) -> str:
-    return parse_date(date).isoformat() if isinstance(date, str) else date.isoformat()
+def _written(date: object) -> str:
+    """Return a date as it is written; a time, such as pandas' `Timestamp`, stands for its date."""
+    return date.strftime("%Y-%m-%d") if isinstance(date, Date) else parse_date(str(date)).isoformat()
 
 
 def _in_folder(name: str, filesystem: fs.FileSystem, root: str) -> Recorded:
@@ -323,6 +336,7 @@ def _in_folder(name: str, filesystem: fs.FileSystem, root: str) -> Recorded:
 
     try:
         inside = folders(root)
+        there = inside or filesystem.get_file_info(root).type == fs.FileType.Directory
         if "v1" in inside:
             return Recorded(name, filesystem, tables=root, raw=None)
         feeds = [feed for feed in inside if "v1" in folders(f"{root}/{feed}")]
@@ -334,7 +348,7 @@ def _in_folder(name: str, filesystem: fs.FileSystem, root: str) -> Recorded:
         raise UnreachableError(str(error).partition("\n")[0], where=name, do="Check the folder's address") from error
     if not with_tables:
         raise NotFoundError(
-            "there are no tables in that folder",
+            "there are no tables in that folder" if there else "there is no such folder",
             where=name,
             do="Give the folder of the buckets, or the one of tables, such as …/ssmd-normalized",
         )

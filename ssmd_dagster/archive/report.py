@@ -155,7 +155,7 @@ def page(sealed: Sealed, found: Figures, noted: Findings) -> str:
     gaps = [gap for gap in sealed.gaps if gap.cause not in NEVER_DEGRADE]
     worst = max((latency.quantiles_ns[-1] for latency in found.latency.values() if latency.quantiles_ns), default=None)
     tiles = [
-        ("messages", f"{messages:,}"),
+        ("messages in the tables", f"{messages:,}"),
         ("markets", f"{found.market_count:,}"),
         ("trades", f"{found.messages.get('trade', 0):,}"),
         ("gaps", f"{len(gaps):,}"),
@@ -176,7 +176,7 @@ def page(sealed: Sealed, found: Figures, noted: Findings) -> str:
             "messages",
             "Messages",
             (
-                f"By the exchange's time, {bin_words}, each channel on its own scale. Red: nothing was recorded; "
+                f"Messages {bin_words} by the exchange's time, each channel on its own scale. Red: nothing was recorded; "
                 "grey: the exchange was closed."
             ),
         ),
@@ -365,12 +365,13 @@ h2{font-size:19px;margin:0}header p,section>p,footer,.crumb{color:var(--m);margi
 .available{color:var(--ok)}.degraded,.pending{color:var(--warn)}.missing{color:var(--bad)}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:12px;margin-top:22px}
 .tiles div{background:var(--p);border-radius:10px;padding:12px 16px}.tiles b{display:block;font-size:23px}
-.tiles span{color:var(--m);font-size:13px}figure{margin:0}figure svg{width:100%;height:auto;display:block}
+.tiles span{color:var(--m);font-size:13px}figure{margin:0;overflow-x:auto}
+figure svg{width:100%;min-width:760px;height:auto;display:block}
 .wide{overflow-x:auto;margin:8px 0}
 table{border-collapse:collapse;min-width:50%;font-size:13.5px;font-variant-numeric:tabular-nums}
 th{text-align:left;color:var(--m);font-weight:500}
 th,td{padding:5px 14px 5px 0;border-bottom:1px solid var(--g);vertical-align:top;white-space:nowrap}
-td:last-child{white-space:normal}
+table:not(.n) td:last-child{white-space:normal;min-width:14em}
 .n td:not(:first-child),.n th:not(:first-child){text-align:right;padding:5px 0 5px 14px}
 code{font:12.5px ui-monospace,monospace;overflow-wrap:anywhere}
 footer{margin-top:48px;border-top:1px solid var(--g);padding-top:12px;font-size:13px}

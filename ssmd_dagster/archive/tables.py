@@ -37,7 +37,8 @@ COMMON = (
         "event_ns",
         pa.int64(),
         "When the exchange says that it happened; the receive time where it gives none. It decides the trading day. "
-        "An order book snapshot has its receive time, but none later than the connection's next change of that book",
+        "An order book snapshot has its receive time, but none later than the connection's next change of that book; it is "
+        "in the day of its connection, which may last some seconds longer than the day",
         unit=NANOSECONDS,
         null=False,
     ),

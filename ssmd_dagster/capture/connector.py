@@ -28,7 +28,7 @@ from ssmd_dagster.capture.programs import markets_per_shard, shard_count, shard_
 from ssmd_dagster.capture.recorder import Origin, Recorder
 from ssmd_dagster.capture.sequence import Hole
 from ssmd_dagster.capture.setting import Setting, load_setting
-from ssmd_dagster.capture.spool import next_connection, spooled_connections
+from ssmd_dagster.capture.spool import last_connection, next_connection, spooled_connections
 from ssmd_dagster.capture.subscriptions import Roster
 from ssmd_dagster.capture.watch import (
     SILENCE_S,
@@ -72,6 +72,8 @@ MAX_UNSEALED_BYTES = 96 << 20
 """Records in memory that the disk does not take, at most; then the socket is closed."""
 PAUSE_AT_BYTES, READ_ON_AT_BYTES = 16 << 20, 4 << 20
 """Records in memory for want of CPU: the socket waits from the one on until the other. Memory stays flat in a burst."""
+DISK_HANGS_S = 2.0
+"""A write that takes longer is no want of CPU: the socket is read on, up to `MAX_UNSEALED_BYTES`."""
 ROOM_EVERY_S = 0.05
 SWITCH_INTERVAL_S = 0.0005
 
@@ -81,10 +83,14 @@ _log = logging.getLogger(__name__)
 class Connector:
     """Keeps one connection to the exchange open and recorded until told to stop."""
 
-    def __init__(self, setting: Setting, exchange: Exchange, date: str, epoch: int, shard: str) -> None:
+    def __init__(
+        self, setting: Setting, exchange: Exchange, date: str, epoch: int, shard: str, last_conn: str | None = None
+    ) -> None:
         self.component = f"connector-{shard}"
         self._setting, self._exchange, self._date, self._epoch, self._shard = setting, exchange, date, epoch, shard
         self._clock = setting.clock
+        # As the exchange was opened with it: a key's file may be gone by the next connection.
+        self._endpoint = setting.exchange_settings(date).endpoint
         self._spool = spool_dir(setting.home, setting.env.name, date)
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="spool")
         self._stores: Stores | None = None
@@ -99,7 +105,7 @@ class Connector:
         self._follower: Follower | None = None
         self._pipelines: set[Pipeline] = set()
         self._closing: set[asyncio.Task[None]] = set()
-        self._last_conn: str | None = None
+        self._last_conn = last_conn
         self._disk_error: str | None = None
         self._random = random.Random()
         env = setting.env
@@ -357,12 +363,13 @@ class Connector:
     async def _watch_room(self, connection: Connection, pipeline: Pipeline) -> None:
         """Let the socket wait for the spool where that lags; return when more waits for the disk or the stream than may.
 
-        A disk that refuses is another matter: nobody knows until when, and a socket that is not read is lost anyway.
+        A disk that refuses or hangs is another matter: nobody knows until when, and a socket that is not read is lost anyway.
         """
         while not self._is_full():
-            if pipeline.unsealed_bytes > PAUSE_AT_BYTES and self._disk_error is None:
+            hangs = self._disk_error is not None or pipeline.writing_s > DISK_HANGS_S
+            if pipeline.unsealed_bytes > PAUSE_AT_BYTES and not hangs:
                 connection.pause_reading(paused=True)
-            elif pipeline.unsealed_bytes < READ_ON_AT_BYTES or self._disk_error is not None:
+            elif pipeline.unsealed_bytes < READ_ON_AT_BYTES or hangs:
                 connection.pause_reading(paused=False)
             await asyncio.sleep(ROOM_EVERY_S)
 
@@ -383,7 +390,7 @@ class Connector:
             {
                 "event": "connected",
                 "conn": recorder.origin.conn,
-                "endpoint": self._setting.exchange_settings(self._date).endpoint,
+                "endpoint": self._endpoint,
                 "use_yes_price": self._setting.env.capture.use_yes_price,
                 "channels": self._channels,
                 "tickers": sorted(self._roster.tickers()),
@@ -506,27 +513,29 @@ async def main(env_name: str, date: str, shard: str, stop: asyncio.Event) -> Non
     # The thread that seals and writes lets go of the interpreter several times a batch; it shall not wait 5 ms for it each time.
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     setting = load_setting(env_name)
-    epoch = await _epoch(setting, date, shard)
+    epoch, last_conn = await begin_from(setting, date, shard)
     exchange = setting.open_exchange(date)
     try:
-        await Connector(setting, exchange, date, epoch, shard).run(stop)
+        await Connector(setting, exchange, date, epoch, shard, last_conn).run(stop)
     finally:
         await exchange.close()
 
 
-async def _epoch(setting: Setting, date: str, shard: str) -> int:
-    """Return the day's epoch: from the journal, or, where NATS is away, that of the latest connection in the spool.
+async def begin_from(setting: Setting, date: str, shard: str) -> tuple[int, str | None]:
+    """Return the day's epoch and the shard's last connection in the stream: its id is taken, even where the spool was lost.
 
-    A batch is valid if its epoch is one of the day's, so a connector that is restarted without NATS goes on in the old one.
+    Where NATS is away, the epoch is that of the latest connection in the spool. A batch is valid if its epoch is one of the
+    day's, so a connector that is restarted without NATS goes on in the old one.
     """
     try:
         async with connect(setting.env, setting.home, setting.secrets, name=f"connector-{shard}") as stores:
-            return await current_epoch(setting, stores, date, f"connector-{shard}")
+            epoch = await current_epoch(setting, stores, date, f"connector-{shard}")
+            return epoch, last_connection(await stores.raw_stream.connections(date), epoch, shard)
     except UnreachableError:
         known = spooled_connections(spool_dir(setting.home, setting.env.name, date))
         if not known:
             raise
-        return int(known[-1].split("-")[0])
+        return int(known[-1].split("-")[0]), None
 
 
 if __name__ == "__main__":

@@ -69,6 +69,8 @@ class Follower:
         self._sids: dict[str, int] = {}
         self._members: dict[str, None] = {}
         self._refused: set[str] = set()
+        self._missed: dict[str, str] = {}
+        """Markets that are not subscribed although they should be, with the gap that says so."""
         self._seen_version = -1
         self._gap_number = 0
         self._lost: dict[str, str] = {}
@@ -198,6 +200,8 @@ class Follower:
             return
         version = self._roster.version
         wanted = self._roster.tickers()
+        self._refused.intersection_update(wanted)
+        self._close_gaps_of([ticker for ticker in self._missed if ticker not in wanted])
         if self._market_channels:
             for batch in batches([ticker for ticker in self._members if ticker not in wanted]):
                 await self._delete(batch)
@@ -239,7 +243,7 @@ class Follower:
 
     async def _add(self, batch: list[str]) -> None:
         """Subscribe a batch of markets on every channel; late, it is a gap."""
-        gap_id = self._open_gap_of_late(batch)
+        self._open_gap_of_late(batch)
         try:
             for channel in self._market_channels:
                 if channel in self._lost:
@@ -257,14 +261,13 @@ class Follower:
                 self._snapshots_due.pop(ticker, None)
             _log.error("%d markets are not recorded: %s", len(batch), error)
             self._recorder.note_if_open({"event": "refused", "markets": len(batch), "error": str(error)})
-            if gap_id is None:
-                self._open_gap(batch, self._clock())
+            if more := [ticker for ticker in batch if ticker not in self._missed]:
+                self._open_gap(more, self._clock())
             return
         self._members.update(dict.fromkeys(batch))
         if self._up_ns is not None:
             self._recorder.note_if_open({"event": "added", "tickers": batch})
-        if gap_id is not None:
-            self._gaps.close(gap_id, self._clock())
+        self._close_gaps_of(batch)
 
     async def _delete(self, batch: list[str]) -> None:
         for channel in self._market_channels:
@@ -275,23 +278,33 @@ class Follower:
             self._snapshots_due.pop(ticker, None)
         self._recorder.note_if_open({"event": "deleted", "tickers": batch})
 
-    def _open_gap_of_late(self, batch: list[str]) -> str | None:
+    def _open_gap_of_late(self, batch: list[str]) -> None:
+        """Open a gap of those that are missed by now; one whose command failed before has its gap, and keeps it."""
         if self._up_ns is None:
-            return None
-        since_ns = self._roster.missed_since(batch, self._up_ns, self._clock())
-        if since_ns is None:
-            return None
+            return
         now_ns = self._clock()
-        late = [one for one in batch if self._roster.missed_since([one], self._up_ns, now_ns) is not None]
-        return self._open_gap(late, since_ns)
+        since_ns = {
+            one: missed_ns
+            for one in batch
+            if one not in self._missed
+            and (missed_ns := self._roster.missed_since([one], self._up_ns, now_ns)) is not None
+        }
+        if since_ns:
+            self._open_gap(list(since_ns), min(since_ns.values()))
 
-    def _open_gap(self, tickers: list[str], from_ns: int) -> str:
+    def _close_gaps_of(self, tickers: Sequence[str]) -> None:
+        """These are missed no longer: a gap ends with the last of its markets."""
+        ended = {self._missed.pop(ticker) for ticker in tickers if ticker in self._missed}
+        for gap_id in sorted(ended.difference(self._missed.values())):
+            self._gaps.close(gap_id, self._clock())
+
+    def _open_gap(self, tickers: list[str], from_ns: int) -> None:
         gap_id = self._gap_id()
         few = len(tickers) <= MARKETS_IN_SCOPE
         about: dict[str, Any] = {"markets": tickers} if few else {"markets_count": len(tickers)}
         scope = {**self._scope, **about}
         self._gaps.open(GapOpened(gap_id=gap_id, cause="not_subscribed", from_ns=from_ns, scope=scope))
-        return gap_id
+        self._missed.update(dict.fromkeys(tickers, gap_id))
 
     def _gap_id(self) -> str:
         self._gap_number += 1

@@ -102,7 +102,8 @@ class Lost(msgspec.Struct, frozen=True):
         told: list[GapEvent] = [(EventName.GAP_OPENED, opened)]
         if self.to_ns is not None:
             # From there on records come again. What is missing inside stays missing.
-            told.append((EventName.GAP_CLOSED, GapClosed(gap_id=self.gap_id, to_ns=self.to_ns, outcome="stays")))
+            to_ns = max(self.from_ns, self.to_ns)  # the clock may have been set back in between
+            told.append((EventName.GAP_CLOSED, GapClosed(gap_id=self.gap_id, to_ns=to_ns, outcome="stays")))
         return told
 
 
@@ -115,16 +116,16 @@ def life_of(spool: Path, conn: str) -> Life | None:
     up_ns = _noted_ns(path, SUBSCRIBED)
     if up_ns is None:
         return None
-    last_ns = up_ns
+    last_n, last_ns = -1, up_ns
     events: dict[str, int] = {}
     for batch, encoded in islice(read_spool_back(path), _END_BATCHES):
         header = batch.header
-        if header.recv_last_ns < last_ns - _END_NS:
+        if last_n >= 0 and header.recv_last_ns < last_ns - _END_NS:
             break
         if header.channel == SESSION:
             events.update((event, at_ns) for event, at_ns, _ in _notes(spooled_records(encoded, batch)))
-        else:
-            last_ns = max(last_ns, header.recv_last_ns)
+        elif header.n_last > last_n:  # by ordinals: the clock may have been set back
+            last_n, last_ns = header.n_last, header.recv_last_ns
     if STOPPING in events:
         cause = OPERATOR_STOP
     elif "disconnected" in events:

@@ -33,7 +33,7 @@ from ssmd_dagster.capture.control import control_subject, serve
 from ssmd_dagster.capture.process import Heartbeat, cancel, connected, run
 from ssmd_dagster.capture.setting import Setting, load_setting
 from ssmd_dagster.environments.home import gateway_file
-from ssmd_dagster.errors import ExitCode, SsmdError, UnreachableError
+from ssmd_dagster.errors import ExitCode, SsmdError
 from ssmd_dagster.exchange import OTHER, SESSION, market_reader
 from ssmd_dagster.stores.connect import Stores
 
@@ -220,7 +220,7 @@ class Gateway:
     async def _look_up_current_day(self) -> None:
         try:
             self._current = await self._stores.cache.current()
-        except UnreachableError as error:
+        except SsmdError as error:
             _log.warning("current day not looked up: %s", error)
 
     def _pass_on(self, data: bytes) -> None:

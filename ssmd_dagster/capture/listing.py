@@ -16,7 +16,7 @@ import msgspec
 
 from ssmd_dagster.capture.subscriptions import Roster
 from ssmd_dagster.clock import Clock
-from ssmd_dagster.errors import SsmdError, UnreachableError
+from ssmd_dagster.errors import SsmdError
 from ssmd_dagster.exchange import Exchange, Market, MarketNews, MarketSelection
 from ssmd_dagster.stores.connect import Stores
 
@@ -121,7 +121,7 @@ class Listing:
             if last_sync != self._last_sync:
                 await self._take(stores.secmaster.each())
                 self._last_sync = last_sync
-        except UnreachableError as error:
+        except SsmdError as error:  # whatever is wrong with the cache: the exchange has the list too
             _log.warning("security master not read from the cache: %s", error)
 
     async def _take(self, markets: AsyncIterator[Market]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -73,6 +74,7 @@ class Pipeline:
         self.unacked_batches = 0
         self.unacked_bytes = 0
         self.unsealed_bytes = 0
+        self.writing_since: float | None = None
         self.refused_batches = 0
         self._directory = spool_directory
         self._publish = publish
@@ -90,6 +92,11 @@ class Pipeline:
         self._sealed_all = False
         self._sealer = asyncio.create_task(self._seal_all())
         self._publisher = asyncio.create_task(self._publish_all())
+
+    @property
+    def writing_s(self) -> float:
+        """Return for how long the disk has been at what it was last given: much more than a moment is a disk that hangs."""
+        return 0.0 if self.writing_since is None else time.monotonic() - self.writing_since
 
     def submit(self, flush: Flush) -> None:
         """Take a flush; returns at once. Sealing outruns any socket, so what waits here is short unless the disk refuses."""
@@ -136,6 +143,7 @@ class Pipeline:
         refused = False
         while flush := await self._next_flushes():
             while True:
+                self.writing_since = time.monotonic()
                 try:
                     sealed = await loop.run_in_executor(self._executor, self._seal, flush)
                     break
@@ -145,6 +153,8 @@ class Pipeline:
                     refused = True
                     self._on_disk(error)
                     await asyncio.sleep(RETRY_AFTER_S)
+                finally:
+                    self.writing_since = None
             if refused:
                 refused = False
                 self._on_disk(None)

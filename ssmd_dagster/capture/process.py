@@ -16,6 +16,7 @@ import uvloop
 
 from ssmd_dagster.capture.setting import Setting
 from ssmd_dagster.errors import RefusedError, SsmdError, UnreachableError
+from ssmd_dagster.leaving import leave
 from ssmd_dagster.stores.cache import DayCache
 from ssmd_dagster.stores.connect import Stores, connect
 from ssmd_dagster.stores.daybook import DayBook
@@ -80,7 +81,8 @@ def run(main: Callable[[asyncio.Event], Coroutine[Any, Any, None]]) -> None:
         uvloop.run(body())
     except SsmdError as error:
         _log.error("%s", error)
-        sys.exit(int(error.exit_code))
+        leave(int(error.exit_code))
+    leave(0)
 
 
 def give_way() -> None:

@@ -210,8 +210,10 @@ class Recorder:
         """Flush, and record per channel what came since the last such note: `[n_first, n_last]`, count and SHA-256.
 
         The note about `session` itself is the last, so that of a connection's records only that one note is in no
-        interval.
+        interval. Nothing happens once the connection has ended.
         """
+        if self.ended is not None:
+            return
         self.flush()
         channels = sorted(self._buffers, key=lambda name: (name == SESSION, name))
         for channel in channels:

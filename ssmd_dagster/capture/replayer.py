@@ -15,7 +15,7 @@ import contextlib
 import logging
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import date as Date  # noqa: N812 - `date` is the contract's word for the written form
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from ssmd_dagster.exchange import (
     Exchange,
     ExchangeSettings,
     MarketPage,
+    Place,
     TradePage,
     TradeQuery,
     open_exchange,
@@ -183,7 +184,7 @@ class Replayer:
             tickers = set(selection.tickers or ())
             for series in selection.series or ():
                 async for page in exchange.market_pages(series=series, around=window):
-                    await self._put_markets(pages, page, ())
+                    await self._put_markets(pages, page, (), await exchange.places(page.events))
                     tickers |= page.tickers
             await self._look_up(exchange, pages, selection.tickers or ())
         query = TradeQuery(
@@ -222,21 +223,19 @@ class Replayer:
         left = [ticker for ticker in tickers if ticker not in self._fetched.looked_up]
         for start in range(0, len(left), LOOKED_UP_AT_ONCE):
             chunk = left[start : start + LOOKED_UP_AT_ONCE]
-            unnamed = set(chunk)
-            last: MarketPage | None = None
-            async for page in exchange.market_pages(tickers=chunk):
-                if last is not None:
-                    await self._put_markets(pages, last, ())
-                last = page
-                unnamed -= page.tickers
-            # The last page says that all of them were asked for, found or not.
-            if last is not None:
-                await self._put_markets(pages, last, unnamed)
+            found = [page async for page in exchange.market_pages(tickers=chunk)]
+            places = await exchange.places(frozenset[str]().union(*(page.events for page in found)))
+            unnamed = set(chunk).difference(*(page.tickers for page in found))
+            for number, page in enumerate(found, start=1):
+                # The last page says that all of them were asked for, found or not.
+                await self._put_markets(pages, page, unnamed if number == len(found) else (), places)
             self._fetched.looked_up.update(chunk)
 
-    async def _put_markets(self, pages: RestPages, page: MarketPage, unknown: Iterable[str]) -> None:
+    async def _put_markets(
+        self, pages: RestPages, page: MarketPage, unknown: Iterable[str], places: Mapping[str, Place]
+    ) -> None:
         asked = sorted([*page.tickers, *unknown])
-        await pages.put(MARKETS_PAGE, markets_message(page, asked))
+        await pages.put(MARKETS_PAGE, markets_message(page, asked, places))
         self._fetched.looked_up.update(asked)
         self._markets += len(page.tickers)
         self._progressed()
@@ -278,12 +277,16 @@ def trades_message(page: TradePage) -> bytes:
     )
 
 
-def markets_message(page: MarketPage, asked: list[str]) -> bytes:
-    """Return the `msg` of a page of markets; `asked` are the tickers that need not be asked for again."""
-    return b'{"endpoint":%b,"params":%b,"asked":%b,"markets":%b}' % (
+def markets_message(page: MarketPage, asked: list[str], places: Mapping[str, Place]) -> bytes:
+    """Return the `msg` of a page of markets; `asked` are the tickers that need not be asked for again.
+
+    Rows do not say which series they are of: `places` says it of their events.
+    """
+    return b'{"endpoint":%b,"params":%b,"asked":%b,"places":%b,"markets":%b}' % (
         msgspec.json.encode(page.endpoint),
         msgspec.json.encode(page.params),
         msgspec.json.encode(asked),
+        msgspec.json.encode({event: places[event] for event in sorted(page.events) if event in places}),
         page.rows.replace(b"\n", b" ").replace(b"\r", b" "),
     )
 

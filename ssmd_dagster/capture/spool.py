@@ -8,7 +8,7 @@ from __future__ import annotations
 import mmap
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -42,11 +42,17 @@ def shard_of(conn: str) -> str:
 def next_connection(directory: Path, epoch: int, shard: str, after: str | None = None) -> str:
     """Return a connection id, `{epoch}-{shard}-{number}`, that no spool file of the day has used yet.
 
-    `after` is the last one that this process took, whose file may not be there yet.
+    `after` is the last one that is known to be taken though its file may not be there: yet, or any more.
     """
     taken = [*spooled_connections(directory), *([after] if after is not None else [])]
-    used = [_order(conn)[2] for conn in taken if conn.startswith(f"{epoch}-{shard}-")]
-    return f"{epoch}-{shard}-{max(used, default=-1) + 1}"
+    last = last_connection(taken, epoch, shard)
+    return f"{epoch}-{shard}-{0 if last is None else _order(last)[2] + 1}"
+
+
+def last_connection(conns: Iterable[str], epoch: int, shard: str) -> str | None:
+    """Return the one of a shard and epoch that has the highest number; None where there is none."""
+    mine = [conn for conn in conns if _CONN.fullmatch(conn) and conn.startswith(f"{epoch}-{shard}-")]
+    return max(mine, key=_order, default=None)
 
 
 class SpoolWriter:

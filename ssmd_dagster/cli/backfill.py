@@ -41,12 +41,14 @@ def backfill_command(
     from_, to = parse_date(first).isoformat(), parse_date(last).isoformat()
 
     def on_day(result: DayResult, tally: Tally) -> None:
+        if not as_json:
+            click.echo(_line(result))
+        if result.outcome == "complete already":
+            return
         left = tally.left_s
         rate = f"{tally.trades / max(tally.since_s, 0.001):,.0f} trades/s"
         ahead = f", about {duration(round(left * 1e9))} left" if left is not None and tally.done < tally.days else ""
         message(f"{tally.done} of {tally.days} days, {rate}{ahead}")
-        if not as_json:
-            click.echo(_line(result))
 
     def report(progress: Progress) -> None:
         if progress.kind in ("note", "failed"):

@@ -18,7 +18,7 @@ import numpy as np
 
 from ssmd_dagster.archive.books import MICROS, Book, Level, book_at
 from ssmd_dagster.archive.export import export
-from ssmd_dagster.archive.reader import GapWarning, Selection, coverage_of, select
+from ssmd_dagster.archive.reader import GapWarning, Selection, coverage_of, select, warn_of_absent_tickers
 from ssmd_dagster.archive.recorded import Recorded, find
 from ssmd_dagster.archive.tables import SCHEMAS
 from ssmd_dagster.cli.desk import env_argument, json_option
@@ -99,7 +99,9 @@ def gaps_command(env: str, first: str | None, last: str | None, as_json: bool) -
     """List all intervals that were not simply recorded, with cause and what became of them."""
     recorded = find(env)
     rows: list[dict[str, Any]] = []
+    looked = False
     for date in _each(recorded, first, last, "reading gaps of"):
+        looked = True
         sealed = recorded.sealed(date)
         file = recorded.file(date, "coverage", None if sealed is None else sealed.revision)
         if file is not None:
@@ -112,7 +114,7 @@ def gaps_command(env: str, first: str | None, last: str | None, as_json: bool) -
         print_json({"environment": env, "gaps": rows})
     elif rows:
         _print_intervals(rows)
-    else:
+    elif looked:
         message("No gaps")
 
 
@@ -173,6 +175,8 @@ def export_command(
             on_gap=on_gap,  # type: ignore[arg-type] # click checks the choice
             revision=revision,
         )
+        if on_gap != "ignore":
+            warn_of_absent_tickers(selection)
     for warning in caught:
         message(f"Warning: {warning.message}")
     with _progress(f"rows of {table}") as told:
@@ -221,7 +225,9 @@ def _each(recorded: Recorded, first: str | None, last: str | None, doing: str) -
         raise UsageError(f"the range ends before it begins: {low} to {high}", do="Swap --from and --to")
     dates = [date for date in recorded.dates() if low <= date <= high]
     if not dates:
-        message("No day is recorded" + ("" if first is None and last is None else " in that range"))
+        message(
+            "No day is recorded" + (f" in {recorded.place}" if first is None and last is None else " in that range")
+        )
     shown = time.monotonic()
     for index, date in enumerate(dates):
         if time.monotonic() - shown > _TELL_EVERY_S:
@@ -275,8 +281,8 @@ def _print_intervals(rows: Sequence[Mapping[str, Any]]) -> None:
         lines.append(
             [
                 row["date"],
-                _clock(from_ns),
-                _clock(to_ns),
+                _clock(from_ns, row["date"]),
+                _clock(to_ns, row["date"]),
                 f"{(to_ns - from_ns) / 1e9:,.3f}",
                 row["channel"],
                 row["market"] or "all",
@@ -319,8 +325,10 @@ def _print_table(lines: Sequence[Sequence[str]], right: Sequence[int]) -> None:
         click.echo("  ".join(cells).rstrip())
 
 
-def _clock(at_ns: int) -> str:
-    return _stamp(at_ns)[11:23]
+def _clock(at_ns: int, date: str) -> str:
+    """Return the time of day, with its date where that is another: most days end on the next one."""
+    stamp = _stamp(at_ns).removesuffix("Z")
+    return stamp.removeprefix(f"{date}T")
 
 
 def _stamp(at_ns: int) -> str:

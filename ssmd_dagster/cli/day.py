@@ -21,7 +21,15 @@ from ssmd_dagster.cli.day_lines import (
     print_normalised,
     print_verification,
 )
-from ssmd_dagster.cli.desk import default_env, env_argument, json_option, with_desk
+from ssmd_dagster.cli.desk import (
+    date_option,
+    day_argument,
+    day_option,
+    env_and_date,
+    env_argument,
+    json_option,
+    with_desk,
+)
 from ssmd_dagster.cli.events import events_command
 from ssmd_dagster.cli.output import (
     duration,
@@ -54,13 +62,11 @@ from ssmd_dagster.workflows.views import DayView, history, show, status
 if TYPE_CHECKING:
     pass
 
-_date_option = click.option(
-    "--date", metavar="YYYY-MM-DD", help="Trading day, in the environment's timezone. Default: the current one."
-)
 _reason_option = click.option("--reason", help="Why; kept in the journal.")
 
 MOST_SPEED = 10_000
 GAPS_SHOWN = 20
+REASONS_TOLD = 4
 
 
 @click.group("day")
@@ -75,7 +81,7 @@ day_group.add_command(report_command)
 
 @day_group.command("status")
 @env_argument
-@_date_option
+@date_option
 @json_option
 def status_command(env: str, date: str | None, as_json: bool) -> None:
     """Show the current trading day and how its processes fare."""
@@ -105,7 +111,7 @@ def status_command(env: str, date: str | None, as_json: bool) -> None:
 
 @day_group.command("start")
 @env_argument
-@_date_option
+@date_option
 @click.option("--mode", type=click.Choice(["live", "replay"]), help="Default: live while the day's window is open.")
 @click.option(
     "--from",
@@ -151,7 +157,7 @@ def start_command(
 
 @day_group.command("end")
 @env_argument
-@_date_option
+@date_option
 @click.option("--force", is_flag=True, help="Skip the waiting and the verification; the day is then degraded.")
 @_reason_option
 @json_option
@@ -210,7 +216,7 @@ def roll_command(env: str, as_json: bool) -> int:
 
 @day_group.command("recover")
 @env_argument
-@_date_option
+@date_option
 @_reason_option
 @json_option
 def recover_command(env: str, date: str | None, reason: str | None, as_json: bool) -> int:
@@ -241,13 +247,14 @@ def history_command(env: str, limit: int, as_json: bool) -> None:
 
 
 @day_group.command("show")
-@click.argument("words", metavar="[ENV] DATE", nargs=-1, required=True)
+@day_argument
 @click.pass_context
+@day_option
 @click.option("--all", "every_gap", is_flag=True, help="List every gap, however many there are.")
 @json_option
-def show_command(ctx: click.Context, words: tuple[str, ...], every_gap: bool, as_json: bool) -> None:
+def show_command(ctx: click.Context, words: tuple[str, ...], date: str | None, every_gap: bool, as_json: bool) -> None:
     """Show one trading day: times, counts, gaps, condition, ledger, and where its files are."""
-    env, date = _env_and_date(ctx, words)
+    env, date = env_and_date(ctx, words, date)
 
     async def body(desk: Desk) -> tuple[DayView, DriftFound | None]:
         view = await show(desk, date)
@@ -262,13 +269,16 @@ def show_command(ctx: click.Context, words: tuple[str, ...], every_gap: bool, as
 
 
 @day_group.command("verify")
-@click.argument("words", metavar="[ENV] DATE", nargs=-1, required=True)
+@day_argument
 @click.pass_context
+@day_option
 @click.option("--store-only", is_flag=True, help="Ask neither NATS nor Redis: the manifest and the files alone.")
 @json_option
-def verify_command(ctx: click.Context, words: tuple[str, ...], store_only: bool, as_json: bool) -> int:
+def verify_command(
+    ctx: click.Context, words: tuple[str, ...], date: str | None, store_only: bool, as_json: bool
+) -> int:
     """Prove again that a COMPLETE day's files are what was sealed; a forced day is verified and sealed by it."""
-    env, date = _env_and_date(ctx, words)
+    env, date = env_and_date(ctx, words, date)
     printer = Printer(as_json)
     printer.line(f"Verifying trading day {date}...")
 
@@ -296,12 +306,6 @@ async def _verify_store(env: str, date: str, tell: Callable[[str], None]) -> Ver
     setting = load_setting(env)
     raw, normalized = open_object_stores(setting.env, setting.home, setting.secrets)
     return await verify_store(setting.env, raw, normalized, date, tell)
-
-
-def _env_and_date(ctx: click.Context, words: tuple[str, ...]) -> tuple[str, str]:
-    if len(words) > 2:
-        raise click.UsageError("expected [ENV] DATE", ctx)
-    return words[0] if len(words) == 2 else default_env(), parse_date(words[-1]).isoformat()
 
 
 @day_group.command("normalize")
@@ -371,4 +375,9 @@ def _finish(env: str, day: TradingDay, as_json: bool, *, already: bool) -> int:
                 "epoch": day.epoch,
             }
         )
-    return _exit_code(day)
+    code = _exit_code(day)
+    if code == ExitCode.DEGRADED:
+        reasons = list(day.condition_reasons)
+        more = f" and {len(reasons) - REASONS_TOLD} more" if len(reasons) > REASONS_TOLD else ""
+        message(f"Its condition is {day.condition}: {'; '.join(reasons[:REASONS_TOLD])}{more}")
+    return code

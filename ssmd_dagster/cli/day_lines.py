@@ -18,6 +18,7 @@ from ssmd_dagster.cli.output import (
     to_the_minute,
 )
 from ssmd_dagster.day.checks import drift_words
+from ssmd_dagster.day.events import Gap
 from ssmd_dagster.day.health import unknown_words
 from ssmd_dagster.day.ledger import Ledger
 from ssmd_dagster.day.maintenance import described
@@ -32,6 +33,7 @@ from ssmd_dagster.workflows.views import DayView, ledger_of
 if TYPE_CHECKING:
     from ssmd_dagster.workflows.normalize import Normalised
 
+EXAMPLE_CHARS = 160
 FAULTS_SHOWN = 20
 HISTORY_COLUMNS = (("DATE", 12), ("STATE", 10), ("START", 19), ("END", 20), ("MSGS", 11), ("GAPS", 0))
 
@@ -68,7 +70,9 @@ def print_normalised(date: str, found: Normalised) -> None:
     for batch in found.damaged:
         click.echo(f"  damaged: {batch}")
     for one in found.drift:
-        click.echo(f"  unknown {one.kind}: {one.name} {one.json_type} ({thousands(one.count)}), such as {one.example}")
+        example = one.example if len(one.example) <= EXAMPLE_CHARS else f"{one.example[:EXAMPLE_CHARS]}…"
+        name = f"{one.name} {one.json_type}".rstrip()
+        click.echo(f"  unknown {one.kind}: {name} ({thousands(one.count)}), such as {example}")
 
 
 def print_history(views: list[DayView]) -> None:
@@ -107,10 +111,7 @@ def print_day(env: str, view: DayView, gaps_shown: int | None = None, newest: Dr
     click.echo(f"Messages: {thousands(view.messages)}")
     click.echo(f"Gaps: {view.gaps}")
     for gap in day.gaps[:gaps_shown]:
-        until = time_of_day(gap.to_ns) if gap.to_ns is not None else "now"
-        outcome = f", {gap.outcome}" if gap.outcome in ("healed", "repaired") else ""
-        detail = f", {gap.detail}" if gap.detail is not None else ""
-        click.echo(f"  - {time_of_day(gap.from_ns)} - {until} ({gap.cause}{outcome}{detail})")
+        click.echo(f"  - {_gap_line(gap)}")
     if gaps_shown is not None and len(day.gaps) > gaps_shown:
         click.echo(f"  and {thousands(len(day.gaps) - gaps_shown)} more; --all lists them")
     print_maintenance(env, view)
@@ -139,6 +140,14 @@ def print_day(env: str, view: DayView, gaps_shown: int | None = None, newest: Dr
         if day.failed_step:
             click.echo(f"Failed Step: {day.failed_step}")
         print_next_command(env, view)
+
+
+def _gap_line(gap: Gap) -> str:
+    until = "now" if gap.to_ns is None else time_of_day(gap.to_ns, gap.from_ns)
+    channel = f", {gap.scope['channel']}" if "channel" in gap.scope else ""
+    outcome = f", {gap.outcome}" if gap.outcome in ("healed", "repaired") else ""
+    detail = f", {gap.detail}" if gap.detail is not None else ""
+    return f"{time_of_day(gap.from_ns)} - {until} ({gap.cause}{channel}{outcome}{detail})"
 
 
 def print_ledger(ledger: Ledger) -> None:

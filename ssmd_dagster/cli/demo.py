@@ -55,6 +55,13 @@ def demo_command(as_json: bool) -> int:
     query = f"select count(*), min(recv_ns), max(recv_ns) from read_json('{trades.parent}/trades-*.jsonl.zst')"  # noqa: S608 - printed, not run
     click.echo("\nRead them, for example with DuckDB:")
     click.echo(f'  .venv/bin/python -c "import duckdb; print(duckdb.sql(\\"{query}\\"))"')
+    tables = (
+        f"import ssmd_dagster as ssmd; print(ssmd.load('{home}/objects', '{first.day.date}', 'trade', engine='pandas'))"
+    )
+    click.echo("\nIts tables, in Python and on the command line:")
+    click.echo(f'  .venv/bin/python -c "{tables}"')
+    click.echo(f"  SSMD_HOME={home} .venv/bin/ssmd data inventory {demo.ENVIRONMENT}")
+    click.echo(f"  SSMD_HOME={home} .venv/bin/ssmd day report {demo.ENVIRONMENT} {first.day.date}")
     click.echo(
         f"\nThe whole stack, to click through: {'make up' if (project_dir() / 'Makefile').exists() else 'ssmd up'}"
     )

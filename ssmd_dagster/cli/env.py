@@ -53,12 +53,12 @@ def list_command(as_json: bool) -> None:
 
 
 @env_group.command("show")
-@click.argument("name", metavar="[ENV]", envvar="SSMD_ENV", default="kalshi-sim")
+@env_argument
 @json_option
-def show_command(name: str, as_json: bool) -> None:
+def show_command(env: str, as_json: bool) -> None:
     """Show one environment as it is understood, and which credentials it needs."""
     registry = load_registry()
-    environment = registry.get(name)
+    environment = registry.get(env)
     secrets = load_secrets(ssmd_home())
     variables = [
         {"variable": variable, "credential": credential, "set": bool(secrets.get(variable))}
@@ -72,7 +72,7 @@ def show_command(name: str, as_json: bool) -> None:
             for version in registry.feeds[environment.feed].versions
         ],
         "credentials": variables,
-        "paused": plain_pause(paused_of([name]).get(name)),
+        "paused": plain_pause(paused_of([env]).get(env)),
     }
     if as_json:
         _print_json(shown)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from click.shell_completion import get_completion_class
 
 from ssmd_dagster.environments.home import logs_dir, ssmd_home
 from ssmd_dagster.errors import ExitCode, SsmdError
+from ssmd_dagster.leaving import leave
 
 PROGRAM = "ssmd"
 COMPLETION_VARIABLE = "_SSMD_COMPLETE"
@@ -80,8 +82,11 @@ def completion(shell: str) -> None:
 
 
 def main() -> NoReturn:
-    """Run the command line of this process and exit."""
-    sys.exit(run(sys.argv[1:]))
+    """Run the command line of this process and exit. To be told to end, or to lose the terminal, is to be interrupted."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:  # `nohup` has it ignored
+            signal.signal(number, lambda _number, _frame: signal.raise_signal(signal.SIGINT))
+    leave(run(sys.argv[1:]))
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -96,9 +101,25 @@ def run(arguments: Sequence[str]) -> int:
         return _fail(ExitCode.USAGE, error.format_message(), do=usage, as_json=as_json)
     except click.ClickException as error:
         return _fail(error.exit_code, error.format_message(), as_json=as_json)
+    except OSError as error:
+        if _can_print():
+            return _fail_with(error, arguments, as_json=as_json)
+        # Who reads it (`| head`) has seen enough; a disk that is full wants to be known.
+        if not isinstance(error, BrokenPipeError):
+            return _fail(ExitCode.FAILURE, f"stdout cannot be written: {error.strerror}", as_json=as_json)
+        return ExitCode.FAILURE
     except Exception as error:  # noqa: BLE001 - the one place where everything ends
         return _fail_with(error, arguments, as_json=as_json)
     return result if isinstance(result, int) else ExitCode.OK
+
+
+def _can_print() -> bool:
+    """Say whether stdout takes what was printed."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        return False
+    return True
 
 
 def _fail_with(error: Exception, arguments: Sequence[str], *, as_json: bool) -> int:

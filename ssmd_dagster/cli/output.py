@@ -78,6 +78,8 @@ def plain_pause(paused: Paused | None) -> dict[str, Any] | None:
     return None if paused is None else {"by": paused.actor, "since_ns": paused.since_ns, "reason": paused.reason}
 
 
-def time_of_day(at_ns: int) -> str:
-    """Return a UTC time within a day, `14:30:00`."""
-    return datetime.fromtimestamp(at_ns // _NS_PER_S, UTC).strftime("%H:%M:%S")
+def time_of_day(at_ns: int, after_ns: int | None = None) -> str:
+    """Return a UTC time within a day, `14:30:00`; with its date where it is not on the day of `after_ns`."""
+    at = datetime.fromtimestamp(at_ns // _NS_PER_S, UTC)
+    same = after_ns is None or at.date() == datetime.fromtimestamp(after_ns // _NS_PER_S, UTC).date()
+    return at.strftime("%H:%M:%S" if same else "%Y-%m-%dT%H:%M:%S")

@@ -10,28 +10,31 @@ from pathlib import Path
 
 import click
 
-from ssmd_dagster.cli.desk import default_env, json_option
+from ssmd_dagster.cli.desk import day_argument, day_option, env_and_date, json_option
 from ssmd_dagster.cli.output import message, print_json
-from ssmd_dagster.day.calendar import parse_date
 from ssmd_dagster.errors import ConfigurationError
 
 
 @click.command("report")
-@click.argument("words", metavar="[ENV] DATE", nargs=-1, required=True)
+@day_argument
+@day_option
 @click.option("--to", type=click.Path(path_type=Path, dir_okay=False), help="Default: ENV-DATE.html in this folder.")
 @click.option("--revision", type=click.IntRange(min=1), help="A sealed revision. Default: the latest.")
 @json_option
 @click.pass_context
 def report_command(
-    ctx: click.Context, words: tuple[str, ...], to: Path | None, revision: int | None, as_json: bool
+    ctx: click.Context,
+    words: tuple[str, ...],
+    date: str | None,
+    to: Path | None,
+    revision: int | None,
+    as_json: bool,
 ) -> None:
     """Write a sealed day as one HTML page: messages, coverage, gaps, latency, markets, ledger, drift."""
     from ssmd_dagster.archive.recorded import find
     from ssmd_dagster.archive.report import report
 
-    if len(words) > 2:
-        raise click.UsageError("expected [ENV] DATE", ctx)
-    env, date = words[0] if len(words) == 2 else default_env(), parse_date(words[-1]).isoformat()
+    env, date = env_and_date(ctx, words, date)
 
     def told(table: str) -> None:
         if sys.stderr.isatty():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 import msgspec
 
-from ssmd_dagster.cli.desk import env_argument, json_option, with_desk
+from ssmd_dagster.cli.desk import default_env, env_argument, json_option, with_desk
 from ssmd_dagster.cli.output import print_json, rfc3339, thousands
 from ssmd_dagster.workflows.secmaster import find, sync
 
@@ -51,11 +51,14 @@ def list_command(env: str, category: str | None, series: str | None, limit: int,
 
 
 @secmaster_group.command("show")
-@env_argument
-@click.argument("ticker")
+@click.argument("words", metavar="[ENV] TICKER", nargs=-1)
+@click.pass_context
 @json_option
-def show_command(env: str, ticker: str, as_json: bool) -> None:
+def show_command(ctx: click.Context, words: tuple[str, ...], as_json: bool) -> None:
     """Show one market as the exchange described it."""
+    if not 1 <= len(words) <= 2:
+        raise click.UsageError("expected [ENV] TICKER", ctx)
+    env, ticker = words[0] if len(words) == 2 else default_env(), words[-1]
     market = with_desk(env, lambda desk: desk.stores.secmaster.get(ticker))
     if as_json:
         print_json({"environment": env, **msgspec.to_builtins(market)})

@@ -18,6 +18,9 @@ from ssmd_dagster.day.payloads import ConditionValue, LateRows, Mode
 
 RULES_VERSION = 1
 
+NOT_CAPTURED = "not_captured"
+"""Cause of the gap of a channel that no replay brings back."""
+
 NEVER_DEGRADE = frozenset({"exchange_maintenance", "closed_by_schedule"})
 """Causes of gaps in which there was nothing to record."""
 
@@ -82,6 +85,12 @@ def condition(
         missing = f"not computed: {', '.join(not_computed)}" if ledger.channels else "the ledger has no channel"
         return Condition(value="pending", reasons=(missing, *against))
     return Condition(value="degraded" if against else "available", reasons=against)
+
+
+def beyond_replay(reasons: Iterable[str], gaps: Iterable[Gap]) -> tuple[str, ...]:
+    """Return a day's reasons without those that every replayed day has: its source, and what no replay brings back."""
+    always = _against(None, [gap for gap in gaps if gap.cause == NOT_CAPTURED], "replay", None)
+    return tuple(reason for reason in reasons if reason not in always)
 
 
 def with_late_rows(value: ConditionValue, reasons: Sequence[str], late: LateRows) -> Condition:

@@ -127,7 +127,7 @@ class TradingDay(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         epoch: Sequence of the event that opened the current attempt; `epochs` has all of them, oldest first.
-        actor: Who opened the current epoch.
+        actor: Who opened the current epoch, or asked for the end within it.
         started_ns: When the day first became ACTIVE (a replay: when that replay did).
         ended_ns: When the end that holds was first asked for; None while the day runs.
         open_ns: Start of the window where a verb set it, None where the calendar's holds; `close_ns` likewise.
@@ -197,6 +197,12 @@ class TradingDay(msgspec.Struct, frozen=True, kw_only=True):
     def forced_by(self) -> str | None:
         """Return who forced the end of the completed day."""
         return None if self.completed is None else self.completed.forced_by
+
+    @property
+    def is_unsealed(self) -> bool:
+        """Tell whether it was proved and then cut off before the seal of its revision; a forced day has none to wait for."""
+        sealed = 0 if self.sealed is None else self.sealed.revision
+        return self.state is DayState.COMPLETE and self.forced_by is None and sealed < self.revision
 
     @property
     def gaps(self) -> tuple[Gap, ...]:
@@ -486,6 +492,7 @@ def _gave_up(day: TradingDay, event: DayEvent, data: payloads.GaveUp) -> dict[st
 def _end_requested(day: TradingDay, event: DayEvent, data: payloads.EndRequested) -> dict[str, Any]:
     return {
         "failure": None,
+        "actor": event.actor,
         "ended_ns": day.ended_ns if day.ended_ns is not None else event.at_ns,
         "close_ns": day.close_ns if day.close_ns is not None else data.close_ns,
     }

@@ -127,8 +127,9 @@ class GapOpened(Payload, frozen=True, kw_only=True):
     """An interval began in which records are missing or suspected to be.
 
     `scope` narrows it: any of `conn`, `sid`, `channel`, `market`, `markets`, `component`; empty means the whole day's capture.
-    `cause` is a word in snake case, such as connection_lost, process_crash, sequence_gap, buffer_overflow, oversized,
-    rate_limited, late_start, operator_stop, not_subscribed, exchange_maintenance, closed_by_schedule.
+    Of batches that the archive lost it has `batches` (first, last) and `seq` (per sid first and last number), too.
+    `cause` is a word in snake case, such as connection_lost, process_crash, sequence_jump, buffer_overflow, oversized,
+    rate_limited, late_start, operator_stop, not_subscribed, archive_damaged, exchange_maintenance, closed_by_schedule.
     """
 
     gap_id: str

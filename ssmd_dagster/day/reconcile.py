@@ -17,7 +17,7 @@ from typing import Literal
 import msgspec
 
 from ssmd_dagster.day.calendar import TradingCalendar, Window
-from ssmd_dagster.day.events import Book, TradingDay
+from ssmd_dagster.day.events import Book, Paused, TradingDay
 from ssmd_dagster.day.maintenance import window_at
 from ssmd_dagster.day.states import DayState
 
@@ -38,8 +38,8 @@ PAUSED_BY = "paused by"
 """How the reason of `missed` begins. What was paused is not replayed without being asked for."""
 
 BACK_OFF_MIN = (1, 2, 4, 8, 15)
-MOST_TRIES = {"start": 200, "recover": 20, "roll": 20, "end": 20, "replay": 3}
-"""Failed runs of one verb and day after which a person is needed. A start is tried while its window is open."""
+MOST_TRIES = {"start": 200, "recover": 200, "roll": 20, "end": 20, "replay": 3}
+"""Failed runs of one verb and day after which a person is needed. A day is started and recovered while its window is open."""
 
 _S = DayState
 _NS = 1_000_000_000
@@ -117,12 +117,16 @@ class Permission(msgspec.Struct, frozen=True, kw_only=True):
 def plan(env: str, book: Book, calendar: TradingCalendar, now_ns: int, facts: Facts = Facts()) -> Plan:  # noqa: B008 - frozen
     """Return what is to be done about the days of an environment at `now_ns` (its own clock)."""
     if book.paused is not None:
-        because = f": {book.paused.reason}" if book.paused.reason else ""
-        since = calendar.local(book.paused.since_ns).isoformat()
-        return Plan(paused=f"{PAUSED_BY} {book.paused.actor} since {since}{because}; `ssmd env resume {env}`")
+        return Plan(paused=paused_words(env, book.paused, calendar))
     if not book.days:
         return Plan()
     return _Planning(env, book, calendar, now_ns, facts).plan()
+
+
+def paused_words(env: str, paused: Paused, calendar: TradingCalendar) -> str:
+    """Say who paused an environment, since when, why, and how that is ended."""
+    because = f": {paused.reason}" if paused.reason else ""
+    return f"{PAUSED_BY} {paused.actor} since {calendar.local(paused.since_ns).isoformat()}{because}; `ssmd env resume {env}`"
 
 
 def permission(verb: Verb, runs: Sequence[Run], now_s: float) -> Permission:
@@ -245,7 +249,13 @@ class _Planning:
             case _S.ENDING:
                 if self._is_cut_off(day):
                     self._ask("replay" if day.mode == "replay" else "end", date, "its end was cut off")
-                self._late_end(date, "its end is under way")
+                if day.mode == "live":  # a replay ends long after its day, and in no haste
+                    self._late_end(date, "its end is under way")
+            case _S.COMPLETE:
+                if day.is_unsealed and self._is_cut_off(day):
+                    self._ask(
+                        "replay" if day.mode == "replay" else "end", date, "it is COMPLETE, and its seal was cut off"
+                    )
             case _S.FAILED:
                 self._failed(date, day)
 
@@ -283,7 +293,8 @@ class _Planning:
                 return
             if date == self._today and self._now_ns < self._calendar.start_due_ns(date) + START_GRACE_S * _NS:
                 return  # a start or a roll before its time that failed: the schedule comes first
-            self._again("start", date, transient, cause)
+            # A start waits for the roll that still proves the day before; what has recorded once is brought back at once.
+            self._again("recover" if day.ever_active else "start", date, transient, cause)
             self._late_start(date, cause)
         elif not day.ever_active:
             if cause.startswith(RECORDED_WITH):

@@ -87,9 +87,19 @@ def is_shown(news: News) -> bool:
 _OF_ENVIRONMENT = frozenset({EventName.PAUSED, EventName.RESUMED})
 
 
-def is_complete(news: News) -> bool:
-    """Say whether an event completes a day."""
-    return news.event.event is EventName.COMPLETED
+def is_made(news: News) -> bool:
+    """Say whether an event gives a day its files: the seal of a revision, or the completion of a forced day, which has none."""
+    return news.event.event in (EventName.COMPLETED, EventName.SEALED) and _stands(news.day)
+
+
+def is_judged(news: News) -> bool:
+    """Say whether an event changes what may be claimed of a day that stands."""
+    found = news.event.event in (EventName.VERIFIED, EventName.CONDITION_CHANGED) and _stands(news.day)
+    return found or is_made(news)
+
+
+def _stands(day: TradingDay | None) -> bool:
+    return day is not None and day.state is DayState.COMPLETE and not day.is_unsealed
 
 
 def observation(environment: Environment, news: News) -> dg.AssetObservation:
@@ -128,7 +138,11 @@ def materialisations(
     rows = {} if ledger is None else {sheet.channel: sheet for sheet in ledger.channels}
 
     def made(name: str, metadata: Metadata) -> dg.AssetMaterialization:
-        head: Metadata = {"day": dg.MetadataValue.text(day.date), "revision": dg.MetadataValue.int(day.revision)}
+        head: Metadata = {
+            "day": dg.MetadataValue.text(day.date),
+            "revision": dg.MetadataValue.int(day.revision),
+            "condition": dg.MetadataValue.text(day.condition or ""),
+        }
         if held.error is not None:
             head["store"] = dg.MetadataValue.text(held.error)
         return dg.AssetMaterialization(
@@ -144,9 +158,12 @@ def materialisations(
         what = "records (not normalised)" if sheet is None or sheet.normalised is None else "rows"
         metadata: Metadata = {} if count is None else {"dagster/row_count": dg.MetadataValue.int(count)}
         metadata["counted"] = dg.MetadataValue.text(what)
-        return metadata | _size(held.tables.get(name)) | _place(held.table_urls.get(name))
+        return metadata | stored(name)
 
-    yield made("security_master", _known({"markets": held.markets}) | _size(held.tables.get("security_master")))
+    def stored(name: str) -> Metadata:
+        return _size(held.tables.get(name)) | _place(held.table_urls.get(name))
+
+    yield made("security_master", _known({"markets": held.markets}) | stored("security_master"))
     archived = sum(sheet.archived or 0 for sheet in rows.values())
     raw: Metadata = {"dagster/row_count": dg.MetadataValue.int(archived)} if rows else {}
     yield made("raw", raw | _raw_sizes(held) | _place(held.raw_url or day.archive_url) | _drawn(pictures, "latency"))
@@ -155,7 +172,7 @@ def materialisations(
     coverage: Metadata = {"gaps": dg.MetadataValue.int(len(day.gaps))}
     if day.gaps:
         coverage["gap_table"] = gap_table(day.gaps)
-    yield made("coverage", coverage | _size(held.tables.get("coverage")) | _drawn(pictures, "coverage"))
+    yield made("coverage", coverage | stored("coverage") | _drawn(pictures, "coverage"))
     yield made("trading_day", _of_day(day, ledger) | _drawn(pictures, "messages", "coverage", "latency", "markets"))
 
 
@@ -168,7 +185,6 @@ def _drawn(pictures: Mapping[str, str], *names: str) -> Metadata:
 def _of_day(day: TradingDay, ledger: Ledger | None) -> Metadata:
     metadata: Metadata = {
         "state": dg.MetadataValue.text(day.state.value),
-        "condition": dg.MetadataValue.text(day.condition or ""),
         "messages": dg.MetadataValue.int(day.messages or 0),
         "gaps": dg.MetadataValue.int(len(day.gaps)),
         "by": dg.MetadataValue.text(day.actor),

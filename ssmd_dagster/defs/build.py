@@ -60,7 +60,11 @@ def targets_of(environment: Environment) -> list[Target]:
     """Return where the messages of an environment go: the log, and Slack where it is configured."""
     targets: list[Target] = [LogTarget()]
     if (slack := environment.alerts.slack) is not None:
-        from ssmd_dagster.defs.slack import SlackTarget
+        try:
+            from ssmd_dagster.defs.slack import SlackTarget
+        except ModuleNotFoundError as error:  # the other environments have their jobs all the same
+            _log.error("%s: nothing is sent to Slack: %s; pip install 'ssmd-dagster[slack]'", environment.name, error)
+            return targets
 
         targets.append(
             SlackTarget(slack.channel, lambda: environment.secret("slack", "token", load_secrets(ssmd_home())))

@@ -118,8 +118,8 @@ def jobs_of(environment: Environment, resource_overrides: Mapping[str, Any]) -> 
         "start": job(
             start_day,
             f"Starts the trading day of the partition in {name}: security master, connector, archiver, gateway, health "
-            "check, ACTIVE. Only a day whose window is open can be started; one that is ACTIVE already is a success. "
-            f"The same as `ssmd day start {name}`.",
+            "check, ACTIVE. One that is ACTIVE already is a success. A day that is over is replayed and left ACTIVE: "
+            f"`{environment.slug}_replay_day` replays and ends it. The same as `ssmd day start {name}`.",
             START_TIMEOUT_S,
         ),
         "end": job(
@@ -147,7 +147,7 @@ def jobs_of(environment: Environment, resource_overrides: Mapping[str, Any]) -> 
             replay_day,
             f"Replays the trading day of the partition in {name} from the exchange's history, and ends it: trades and markets, "
             "not order books. The one to backfill over a range; a day that is COMPLETE already is left as it is. The same "
-            f"as `ssmd day backfill {name}`.",
+            f"as `ssmd day backfill {name} --from DATE --to DATE`.",
             END_TIMEOUT_S,
             lanes={"ssmd/replay-lane": f"{name}/replay"},
         ),

@@ -9,23 +9,19 @@ the calendar's; whoever was not asked for is found by `reconcile`.
 # No `from __future__ import annotations`: Dagster compares the annotation of `context` with its own class.
 
 import json
-import time
 from collections.abc import Mapping
 from datetime import date, timedelta
 from typing import Literal, NamedTuple
 
 import dagster as dg
 
-from ssmd_dagster.clock import Clock
 from ssmd_dagster.day.calendar import TradingCalendar
+from ssmd_dagster.defs.held import held_back, look
 from ssmd_dagster.defs.watch import Watch
 from ssmd_dagster.environments.models import Environment
-from ssmd_dagster.workflows.desk import Desk
 from ssmd_dagster.workflows.roll import LEAD_S
 
 EVERY_S = 10
-MOVED_S = 60
-"""How far apart the exchange's clock and the host's are where the exchange's counts as moved."""
 
 _NS = 1_000_000_000
 
@@ -35,11 +31,6 @@ class Due(NamedTuple):
 
     verb: Literal["roll", "end", "start"]
     date: date
-
-
-def is_moved(clock: Clock) -> bool:
-    """Say whether an environment's clock is another than the host's."""
-    return abs(clock() - time.time_ns()) > MOVED_S * _NS
 
 
 def passed(calendar: TradingCalendar, after_ns: int, now_ns: int) -> list[Due]:
@@ -72,10 +63,6 @@ def moved_clocks_sensor(
     def moved_clocks(context: dg.SensorEvaluationContext) -> dg.SensorResult:
         seen: dict[str, int] = json.loads(context.cursor or "{}")
 
-        async def look(desk: Desk) -> tuple[int, bool, bool]:
-            book = await desk.book.refresh()
-            return desk.setting.clock(), is_moved(desk.setting.clock), book.paused is not None
-
         found = watch.look(environments, look, actor="sensor:moved_clocks")
         requests: list[dg.RunRequest] = []
         said: list[str] = []
@@ -83,15 +70,17 @@ def moved_clocks_sensor(
             if answer.value is None:
                 said.append(f"{name} cannot be looked at: {answer.error}")
                 continue
-            now_ns, moved, paused = answer.value
-            after_ns, seen[name] = seen.get(name, now_ns), now_ns
-            if not moved:
+            now = answer.value
+            after_ns, seen[name] = seen.get(name, now.now_ns), now.now_ns
+            if not now.moved:
                 said.append(f"{name} follows the host's clock, and so do its schedules")
                 continue
-            if paused:
-                said.append(f"{name} is paused")
-                continue
-            for due in passed(environments[name].calendar(), after_ns, now_ns):
+            if (why := held_back(environments[name], now, connects=True)) is not None:
+                said.append(why)
+            for due in passed(environments[name].calendar(), after_ns, now.now_ns):
+                if held_back(environments[name], now, connects=due.verb != "end") is not None:
+                    said.append(f"the {due.verb} of {due.date} is left to reconcile, after it")
+                    continue
                 job = jobs[name][due.verb]
                 requests.append(
                     dg.RunRequest(

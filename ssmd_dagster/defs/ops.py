@@ -272,14 +272,7 @@ def _failure(
 ) -> dg.Failure:
     """Return the failure as Dagster shows it: what, where, what to do, and the command that does it."""
     date = next((progress.date for progress in seen), partition)
-    if error.exit_code is ExitCode.CONFIGURATION:
-        command = f"ssmd env validate {environment}"
-    elif verb is None:
-        command = f"ssmd secmaster sync {environment}"
-    elif date is None or error.exit_code in (ExitCode.USAGE, ExitCode.NOT_FOUND, ExitCode.REFUSED):
-        command = f"ssmd day status {environment}"
-    else:
-        command = f"ssmd day {verb} {environment} --date {date}"
+    command = _next_command(error.exit_code, verb, environment, date)
     metadata: Metadata = {
         "exit_code": dg.MetadataValue.int(int(error.exit_code)),
         "what": dg.MetadataValue.text(error.what),
@@ -288,6 +281,19 @@ def _failure(
         "command": dg.MetadataValue.text(command),
     }
     return dg.Failure(description=str(error), metadata=metadata, allow_retries=False)
+
+
+def _next_command(code: ExitCode, verb: str | None, environment: str, date: str | None) -> str:
+    """Return the command that brings on a day whose run failed; `verb` None: the run was of no day's verb."""
+    if code is ExitCode.CONFIGURATION:
+        return f"ssmd env validate {environment}"
+    if verb is None:
+        return f"ssmd secmaster sync {environment}"
+    if date is None or code in (ExitCode.USAGE, ExitCode.NOT_FOUND, ExitCode.REFUSED):
+        return f"ssmd day status {environment}"
+    if verb == "backfill":
+        return f"ssmd day backfill {environment} --from {date} --to {date}"
+    return f"ssmd day {verb} {environment} --date {date}"
 
 
 def _metadata(context: dg.OpExecutionContext, attempt: Attempt, seen: list[Progress]) -> Metadata:

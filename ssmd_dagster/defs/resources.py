@@ -21,6 +21,8 @@ from pydantic import Field, PrivateAttr
 
 from ssmd_dagster.capture.setting import Setting, load_setting
 from ssmd_dagster.day.calendar import parse_date
+from ssmd_dagster.defs.lost import hold
+from ssmd_dagster.environments.home import ssmd_home
 from ssmd_dagster.errors import SsmdError, UnreachableError, UsageError
 from ssmd_dagster.workflows.attempt import CLEAN_UP_TIMEOUT_S, Attempt, Verb
 from ssmd_dagster.workflows.desk import Desk, Progress, Report, open_desk
@@ -261,6 +263,7 @@ class DayDesk(dg.ConfigurableResource):  # type: ignore[type-arg] # it is its ow
                 f"the job of {self.environment} for that, or leave the configuration as it is.",
                 allow_retries=False,
             )
+        hold(ssmd_home(), context.run.run_id)
         self._session = DaySession(self.environment, context.run.run_id, rolls=self.rolls)
         try:
             yield self

@@ -14,19 +14,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from datetime import date, datetime, timedelta
 from functools import partial
-from typing import NamedTuple
 
 import dagster as dg
 
-from ssmd_dagster.day.calendar import TradingCalendar, Window, parse_time
-from ssmd_dagster.day.events import Book
-from ssmd_dagster.day.maintenance import window_at
-from ssmd_dagster.day.reconcile import PAUSED_BY
+from ssmd_dagster.day.calendar import TradingCalendar, parse_time
 from ssmd_dagster.day.states import DayState
-from ssmd_dagster.defs.moved import is_moved
+from ssmd_dagster.defs.held import Seen, held_back, look
 from ssmd_dagster.defs.watch import Watch
 from ssmd_dagster.environments.models import Environment
-from ssmd_dagster.workflows.desk import Desk
 from ssmd_dagster.workflows.roll import LEAD_S
 
 LOOK_TIMEOUT_S = 5.0
@@ -80,40 +75,9 @@ def _ns(at: datetime) -> int:
     return int(at.timestamp()) * 1_000_000_000
 
 
-class _Seen(NamedTuple):
-    """The environment's days, whether its clock is not the host's, and the announced maintenance that is on."""
-
-    book: Book
-    moved: bool
-    maintenance: Window | None
-
-
-async def _look(desk: Desk) -> _Seen:
-    clock = desk.setting.clock
-    maintenance = window_at(await desk.stores.cache.maintenance(), clock())
-    return _Seen(await desk.book.refresh(), is_moved(clock), maintenance)
-
-
-def _seen(environment: Environment, watch: Watch) -> _Seen | None:
+def _seen(environment: Environment, watch: Watch) -> Seen | None:
     """Look at the environment; None where its servers do not answer."""
-    return watch.look([environment.name], _look, actor="schedule", timeout_s=LOOK_TIMEOUT_S)[environment.name].value
-
-
-def _paused(environment: Environment, book: Book) -> str | None:
-    """Say who has paused the environment, None where nobody has."""
-    if book.paused is None:
-        return None
-    since = environment.calendar().local(book.paused.since_ns).isoformat()
-    because = f": {book.paused.reason}" if book.paused.reason else ""
-    return f"{environment.name} is {PAUSED_BY} {book.paused.actor} since {since}{because}"
-
-
-def _maintained(environment: Environment, seen: _Seen) -> str | None:
-    """Say until when the exchange is in announced maintenance, None where it is in none."""
-    if seen.maintenance is None:
-        return None
-    until = environment.calendar().local(seen.maintenance.close_ns).isoformat()
-    return f"the exchange of {environment.name} is in announced maintenance until {until}"
+    return watch.look([environment.name], look, actor="schedule", timeout_s=LOOK_TIMEOUT_S)[environment.name].value
 
 
 def _sync(environment: Environment, watch: Watch, job: dg.JobDefinition) -> dg.ScheduleDefinition:
@@ -129,14 +93,11 @@ def _sync(environment: Environment, watch: Watch, job: dg.JobDefinition) -> dg.S
         seen = _seen(environment, watch)
         if seen is None:
             return dg.SkipReason(f"{environment.name} cannot be looked at; see `ssmd day status {environment.name}`")
-        book = seen.book
-        if (paused := _paused(environment, book)) is not None:
-            return dg.SkipReason(paused)
-        day = book.days.get(book.current or "")
+        if (why := held_back(environment, seen, connects=True)) is not None:
+            return dg.SkipReason(why)
+        day = seen.book.days.get(seen.book.current or "")
         if day is None or day.state is not DayState.ACTIVE:
             return dg.SkipReason(f"no day of {environment.name} is ACTIVE")
-        if (maintained := _maintained(environment, seen)) is not None:
-            return dg.SkipReason(maintained)
         return dg.RunRequest(run_key=f"{context.scheduled_execution_time.timestamp():.0f}", partition_key=day.date)
 
     return tick
@@ -162,11 +123,9 @@ def _daily(
         seen = _seen(environment, watch)  # where nobody answers the run itself finds out why
         if seen is not None and seen.moved:
             return dg.SkipReason(f"the clock of {environment.name} is moved; the sensor `moved_clocks` fires by it")
-        if seen is not None and (paused := _paused(environment, seen.book)) is not None:
-            return dg.SkipReason(paused)
-        ends = job.name.endswith("_end_day")  # it needs no connection
-        if seen is not None and not ends and (maintained := _maintained(environment, seen)) is not None:
-            return dg.SkipReason(f"{maintained}; reconcile asks for the run after it")
+        connects = not job.name.endswith("_end_day")
+        if seen is not None and (why := held_back(environment, seen, connects=connects)) is not None:
+            return dg.SkipReason(f"{why}; reconcile asks for the run after it")
         return dg.RunRequest(run_key=f"{job.name}:{day}", partition_key=day.isoformat())
 
     return tick

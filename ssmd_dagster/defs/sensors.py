@@ -20,11 +20,12 @@ from typing import Any
 import dagster as dg
 
 from ssmd_dagster.day.reconcile import Ask, Plan, Run, permission
-from ssmd_dagster.day.states import EventName
-from ssmd_dagster.defs.assets import is_complete, is_shown, materialisations, observation
+from ssmd_dagster.defs.assets import is_judged, is_made, is_shown, materialisations, observation
 from ssmd_dagster.defs.checks import evaluations
+from ssmd_dagster.defs.lost import fail_lost_runs
 from ssmd_dagster.defs.moved import moved_clocks_sensor
 from ssmd_dagster.defs.watch import Found, Watch
+from ssmd_dagster.environments.home import ssmd_home
 from ssmd_dagster.environments.models import Environment
 from ssmd_dagster.errors import SsmdError
 from ssmd_dagster.workflows import alerts
@@ -47,6 +48,7 @@ _UNFINISHED = [status for status in dg.DagsterRunStatus if status not in (
     dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED,
 )]  # fmt: skip
 
+CatalogEvent = dg.AssetObservation | dg.AssetMaterialization | dg.AssetCheckEvaluation
 Shown = tuple[Holdings, dict[str, str]]
 """What the store holds of a finished day, and its pictures."""
 
@@ -103,25 +105,27 @@ def _journal_sensor(environments: Environments, watch: Watch, targets: Targets) 
     def journal(context: dg.SensorEvaluationContext) -> dg.SensorResult:
         cursor: dict[str, int] = json.loads(context.cursor or "{}")
 
-        async def look(desk: Desk) -> tuple[list[News], dict[str, Shown], int]:
+        async def look(desk: Desk) -> tuple[list[CatalogEvent], list[Alert], int | None]:
             news = await followers[desk.env].news(desk, cursor.get(desk.env, 0))
             shown: dict[str, Shown] = {}
             for entry in news:
-                if entry.day is not None and is_complete(entry):
+                if entry.day is not None and is_made(entry):
                     held = await holdings(desk, entry.event.date)
                     shown[entry.event.date] = held, await draw(desk, entry.day, held)
-            return news, shown, desk.setting.clock()
+            # Whatever goes wrong with the events of one environment is found out here, where it stays its own trouble.
+            told = _worth_telling(news, desk.setting.clock())
+            return _catalog(environments[desk.env], news, shown), told, news[-1].seq if news else None
 
         found = watch.look(environments, look, actor="sensor:journal")
-        events: list[dg.AssetObservation | dg.AssetMaterialization | dg.AssetCheckEvaluation] = []
+        events: list[CatalogEvent] = []
         for name, answer in found.items():
             if answer.value is None:
                 continue
-            news, held, now_ns = answer.value
-            events += _catalog(environments[name], news, held)
-            alerts.send(_worth_telling(news, now_ns), targets[name])
-            if news:
-                cursor[name] = news[-1].seq
+            shown, told, last_seq = answer.value
+            events += shown
+            alerts.send(told, targets[name])
+            if last_seq is not None:
+                cursor[name] = last_seq
         return dg.SensorResult(
             asset_events=events,
             skip_reason=_said(
@@ -133,21 +137,15 @@ def _journal_sensor(environments: Environments, watch: Watch, targets: Targets) 
     return journal
 
 
-def _catalog(
-    environment: Environment, news: Iterable[News], held: Mapping[str, Shown]
-) -> list[dg.AssetObservation | dg.AssetMaterialization | dg.AssetCheckEvaluation]:
-    events: list[dg.AssetObservation | dg.AssetMaterialization | dg.AssetCheckEvaluation] = []
+def _catalog(environment: Environment, news: Iterable[News], held: Mapping[str, Shown]) -> list[CatalogEvent]:
+    events: list[CatalogEvent] = []
     for entry in news:
         if is_shown(entry):
             events.append(observation(environment, entry))
         day = entry.day
-        if day is not None and is_complete(entry):
+        if day is not None and is_made(entry):
             events += materialisations(environment, day, *held[day.date])
-        if day is not None and entry.event.event in (
-            EventName.COMPLETED,
-            EventName.VERIFIED,
-            EventName.CONDITION_CHANGED,
-        ):
+        if day is not None and is_judged(entry):
             events += evaluations(environment, day)
     return events
 
@@ -223,9 +221,9 @@ def _reconcile_sensor(
         cursor: dict[str, Any] = json.loads(context.cursor or "{}")
         told: dict[str, list[str]] = cursor.get("told", {})
         blind: dict[str, int] = cursor.get("blind", {})
+        said = fail_lost_runs(context.instance, ssmd_home())
         found = watch.look(environments, reconcile, actor="sensor:reconcile")
         requests: list[dg.RunRequest] = []
-        said: list[str] = []
         for name, answer in found.items():
             blind[name] = blind.get(name, 0) + 1 if answer.value is None else 0
             if answer.value is None:
@@ -314,22 +312,28 @@ def _requested(
     runs = runs_of(instance, job, ask.date)
     allowed = permission(ask.verb, runs, time.time())
     why_not = allowed.why_not or _in_the_way(instance, environment, ask)
-    if allowed.attempt is None or why_not:
+    if why_not:
         said.append(f"{environment.name} {ask.date} needs {ask.verb} ({ask.why}): {why_not}")
         return []
+    # All runs are counted, not those that were looked at: a key that has been used would be passed over for ever.
+    attempt = instance.get_runs_count(_runs_filter(job, ask.date)) + 1
     return [
         dg.RunRequest(
-            run_key=f"{environment.name}:{ask.date}:{ask.verb}:{allowed.attempt}",
+            run_key=f"{environment.name}:{ask.date}:{ask.verb}:{attempt}",
             job_name=job,
             partition_key=ask.date,
-            tags={"ssmd/why": ask.why[:250], "ssmd/attempt": str(allowed.attempt)},
+            tags={"ssmd/why": ask.why[:250], "ssmd/attempt": str(attempt)},
         )
     ]
 
 
+def _runs_filter(job: str, date: str) -> dg.RunsFilter:
+    return dg.RunsFilter(job_name=job, tags={"dagster/partition": date})
+
+
 def runs_of(instance: dg.DagsterInstance, job: str, date: str) -> list[Run]:
     """Return the runs of a job for a partition, newest first."""
-    records = instance.get_run_records(dg.RunsFilter(job_name=job, tags={"dagster/partition": date}), limit=MOST_RUNS)
+    records = instance.get_run_records(_runs_filter(job, date), limit=MOST_RUNS)
     return [
         Run(
             ended_s=None

@@ -79,6 +79,11 @@ def dagster_dir(home: Path) -> Path:
     return home / "dagster"
 
 
+def runs_dir(home: Path) -> Path:
+    """Return the folder of the files that the processes of Dagster's runs hold locked."""
+    return home / "runs"
+
+
 def simulator_dir(home: Path, env: str) -> Path:
     """Return the folder of an environment's simulated exchange: clock, truth log, private key."""
     return home / "simulator" / env

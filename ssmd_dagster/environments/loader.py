@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,6 +37,8 @@ from ssmd_dagster.exchange import adapter_names
 
 MAX_FILE_BYTES = 65_536
 
+_HOME = Path("/home")
+"""Stands for any SSMD_HOME where folders are compared."""
 _KINDS = ("feeds", "schemas", "environments")
 _STEM = re.compile(r"[a-z][a-z0-9-]{0,62}\Z")
 _SECRET_KEY = re.compile(r"pass|secret|token|credential|private|key", re.IGNORECASE)
@@ -305,7 +308,8 @@ class _Loading:
         owner: dict[tuple[str, ...], str] = {}
         for stem, environment in sorted(environments.items()):
             storage = environment.storage
-            place = (storage.path or "") if isinstance(storage, LocalStorage) else storage.prefix
+            # However a folder is written: by default, relative, or with dots in it.
+            place = os.path.normpath(storage.folder(_HOME)) if isinstance(storage, LocalStorage) else storage.prefix
             for which, bucket in (("raw", storage.buckets.raw), ("normalized", storage.buckets.normalized)):
                 first = owner.setdefault((storage.type, place, bucket, environment.feed), stem)
                 if first != stem:

@@ -6,8 +6,9 @@ Not for how these work: see `rest`, `socket`, `markets`, `trades`, `books`, `sch
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -22,6 +23,7 @@ from ssmd_dagster.exchange import (
     Market,
     MarketPage,
     MarketSelection,
+    Place,
     Trade,
     TradePage,
     TradeQuery,
@@ -101,7 +103,7 @@ class Kalshi:
         """Ask the exchange whether it is open; in maintenance it says so with a 5xx, which is an answer too."""
         got = await self.rest.get("/exchange/status", answer=_Status, also_statuses=_STATUS_COMES_WITH)
         resume_ns = None
-        if isinstance(got.exchange_estimated_resume_time, str) and got.exchange_estimated_resume_time:
+        with contextlib.suppress(ValueError):  # an estimate, left out or in words: whether it is open is what counts
             resume_ns = rfc3339_ns(got.exchange_estimated_resume_time)
         return ExchangeStatus(
             exchange_active=got.exchange_active, trading_active=got.trading_active, resume_ns=resume_ns
@@ -124,6 +126,10 @@ class Kalshi:
     ) -> AsyncIterator[MarketPage]:
         """Yield markets, past ones too, as the lists have them; see `markets.market_pages`."""
         return market_pages(self.rest, tickers=tickers, series=series, around=around)
+
+    async def places(self, events: Collection[str]) -> dict[str, Place]:
+        """Return series and category of events, as far as Kalshi knows them; see `markets.SeriesLookup`."""
+        return await self._series.places(events)
 
     async def cutoff(self) -> Cutoff:
         """Ask where the live part of the REST ends; it advances."""

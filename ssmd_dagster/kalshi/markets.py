@@ -6,13 +6,14 @@ be taken apart into these, but cannot. Not for keeping the master: see `stores.s
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+import contextlib
+from collections.abc import AsyncIterator, Collection, Iterable, Sequence
 from typing import Any
 
 import msgspec
 
 from ssmd_dagster.errors import NotFoundError
-from ssmd_dagster.exchange import Market, MarketPage, MarketSelection
+from ssmd_dagster.exchange import Market, MarketPage, MarketSelection, Place
 from ssmd_dagster.kalshi.errors import ExchangeAnswerError
 from ssmd_dagster.kalshi.rest import Params, RestClient, part
 from ssmd_dagster.kalshi.scaled import rfc3339_ns
@@ -21,6 +22,8 @@ _MARKETS_PER_PAGE = 1000
 _EVENTS_PER_PAGE = 200
 _MAX_PAGES = 2_000
 _TICKERS_PER_REQUEST = 100
+_SERIES_BY_THEMSELVES = 20
+"""Of more series than this the whole list is asked for: one answer, of 18 MB."""
 _MAX_HISTORICAL = _MAX_PAGES * _MARKETS_PER_PAGE
 
 _VOLATILE_KEYS = frozenset(
@@ -84,8 +87,7 @@ class SeriesLookup:
 
     async def load_all(self, statuses: Sequence[str], *, multivariate: bool) -> None:
         """Read all series (one large answer) and the events that have markets of `statuses`, page by page."""
-        answer = await self._rest.get("/series", answer=_SeriesList)
-        self._category_of_series.update((one.ticker, one.category) for one in answer.series or ())
+        await self._load_series()
         for status in statuses:
             await self._load_events("/events", [("status", status)])
         if multivariate:
@@ -93,10 +95,21 @@ class SeriesLookup:
 
     async def load_events(self, event_tickers: Sequence[str]) -> None:
         """Read the named events."""
-        unknown = [ticker for ticker in dict.fromkeys(event_tickers) if ticker not in self._series_of_event]
-        for start in range(0, len(unknown), _TICKERS_PER_REQUEST):
-            chunk = unknown[start : start + _TICKERS_PER_REQUEST]
-            await self._load_events("/events", [("tickers", ",".join(chunk))])
+        await self._load_named("/events", event_tickers)
+
+    async def places(self, event_tickers: Collection[str]) -> dict[str, Place]:
+        """Return where events belong, past ones and combos too, in few requests; what Kalshi does not know is left out."""
+        await self._load_named("/events", event_tickers)
+        await self._load_named("/events/multivariate", event_tickers)
+        known = {one: self._series_of_event[one] for one in event_tickers if one in self._series_of_event}
+        unknown = set(known.values()) - self._category_of_series.keys() - {""}
+        if len(unknown) > _SERIES_BY_THEMSELVES:
+            await self._load_series()
+        else:
+            for series in unknown:
+                with contextlib.suppress(NotFoundError):
+                    await self.category_of(series)
+        return {one: Place(series, self._category_of_series.get(series, "")) for one, series in known.items()}
 
     async def series_of(self, event_ticker: str) -> str:
         """Return the series of an event, asking for it where it is not known yet; `""` where Kalshi has none."""
@@ -117,6 +130,16 @@ class SeriesLookup:
             answer = await self._rest.get(f"/series/{part(series_ticker)}", answer=_OneSeries)
             self._category_of_series[series_ticker] = answer.series.category
         return self._category_of_series[series_ticker]
+
+    async def _load_series(self) -> None:
+        answer = await self._rest.get("/series", answer=_SeriesList)
+        self._category_of_series.update((one.ticker, one.category) for one in answer.series or ())
+
+    async def _load_named(self, path: str, event_tickers: Iterable[str]) -> None:
+        unknown = [ticker for ticker in dict.fromkeys(event_tickers) if ticker not in self._series_of_event]
+        for start in range(0, len(unknown), _TICKERS_PER_REQUEST):
+            chunk = unknown[start : start + _TICKERS_PER_REQUEST]
+            await self._load_events(path, [("tickers", ",".join(chunk))])
 
     async def _load_events(self, path: str, params: Params) -> None:
         async for page in self._rest.pages(
@@ -221,6 +244,7 @@ class _RawPage(msgspec.Struct):
 
 class _Listed(msgspec.Struct, gc=False):
     ticker: str
+    event_ticker: str = ""
     open_time: str = ""
     close_time: str = ""
 
@@ -277,6 +301,7 @@ async def _raw_pages(
                 params=dict(params),
                 rows=b"[" + b",".join(bytes(raw[index]) for index in kept) + b"]",
                 tickers=frozenset([rows[index].ticker for index in kept]),
+                events=frozenset([rows[index].event_ticker for index in kept]) - {""},
             )
 
 

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.json
 
-from ssmd_dagster.exchange import Columns, ReadMessage, Row, UnknownKey
+from ssmd_dagster.exchange import Columns, Place, ReadMessage, Row, UnknownKey
 from ssmd_dagster.kalshi import wire
 from ssmd_dagster.kalshi.scaled import COUNT_PLACES, PRICE_PLACES, count_centis, price_micros, rfc3339_ns
 
@@ -85,6 +85,7 @@ _TRADE_ROW = pa.schema(
 class _Page(msgspec.Struct, gc=False):
     trades: list[msgspec.Raw] = []
     markets: list[msgspec.Raw] = []
+    places: dict[str, Place] = {}
 
 
 class _Paged(msgspec.Struct, gc=False):
@@ -558,7 +559,7 @@ def _rest(kind: str, msg: msgspec.Raw) -> ReadMessage:
                 unknown += _extra_keys(kind, trade.extra)
                 row = _trade_row(trade)
             else:
-                row = _market_row(raw)
+                row = _market_row(raw, page.places)
             _check_sizes([row])
         except wire.WireError as error:
             reason = _countable(error)
@@ -579,16 +580,19 @@ class _Market(msgspec.Struct):
     settlement_value_dollars: str | None = None
 
 
+_NO_PLACE = Place("", "")
 _decode_market = msgspec.json.Decoder(_Market).decode
 
 
-def _market_row(raw: msgspec.Raw) -> Row:
+def _market_row(raw: msgspec.Raw, places: Mapping[str, Place]) -> Row:
     """Read a row of REST `/markets`; raises `WireError`."""
     try:
         market = _decode_market(raw)
         settled = market.settlement_value_dollars
+        place = places.get(market.event_ticker or "", _NO_PLACE)
         return {
             "ticker": market.ticker, "event_ticker": market.event_ticker, "title": market.title, "status": market.status,
+            "series_ticker": place.series_ticker or None, "category": place.category or None,
             "open_ns": market.open_time and rfc3339_ns(market.open_time),
             "close_ns": market.close_time and rfc3339_ns(market.close_time), "result": market.result or None,
             "settlement_value": settled and price_micros(settled), "detail": bytes(raw).decode(),

@@ -22,6 +22,7 @@ from ssmd_dagster.errors import ConfigurationError, SsmdError, UnreachableError
 
 LEASE_TTL_S = 30.0
 HEARTBEAT_TTL_S = 15
+LAST_WORDS_TTL_S = 86_400
 
 # ARGV: prefix "{env}:day:", "1" to empty the days first, sequence of the book, sequence from which on the days given
 # are complete, current date or "", number of days, then per day: date, last sequence, state, epoch, start_time,
@@ -116,6 +117,7 @@ def redis_errors(
     Raises:
         UnreachableError: No answer, or the server says that it cannot serve now; names host and port.
         ConfigurationError: The password is missing or refused.
+        SsmdError: Another answer than was expected, or a value that cannot be read.
     """
     options = client.connection_pool.connection_kwargs
     where = f"Redis at {options.get('host', 'localhost')}:{options.get('port', 6379)}"
@@ -133,6 +135,9 @@ def redis_errors(
         if str(error).startswith(_STATE_OF_SERVER) or isinstance(error, redis.exceptions.ReadOnlyError):
             raise UnreachableError(f"cannot serve: {error}", where=where, do="Look after the server") from error
         raise SsmdError(f"unexpected answer: {error}", where=where) from error
+    except msgspec.DecodeError as error:
+        do = "Empty the cache; `ssmd day rebuild` and `ssmd secmaster sync` write it anew"
+        raise SsmdError(f"holds what cannot be read: {error}", where=where, do=do) from error
 
 
 def text(answer: Any) -> str:
@@ -226,9 +231,13 @@ class DayCache:
         return None if value is None else msgspec.json.decode(value, type=DayStats)
 
     async def put_heartbeat(self, date: str, component: str, beat: Mapping[str, Any]) -> None:
-        """Write a component's heartbeat; it is gone after 15 s."""
+        """Write a component's heartbeat; it is gone after 15 s.
+
+        One with an `exit_code`, which only a person can mend, says for a day why the component is not there any more.
+        """
+        ttl_s = HEARTBEAT_TTL_S if beat.get("exit_code") is None else LAST_WORDS_TTL_S
         with redis_errors(self._redis):
-            await self._redis.set(f"{self._capture}{date}:{component}", msgspec.json.encode(beat), ex=HEARTBEAT_TTL_S)
+            await self._redis.set(f"{self._capture}{date}:{component}", msgspec.json.encode(beat), ex=ttl_s)
 
     async def heartbeat(self, date: str, component: str) -> dict[str, Any] | None:
         """Return a component's heartbeat, None if it has expired."""
@@ -262,7 +271,7 @@ class DayCache:
         """Return what the exchange has announced of its maintenance, as far as anybody has asked."""
         with redis_errors(self._redis):
             value = await self._redis.get(self._maintenance)
-        return () if value is None else msgspec.json.decode(value, type=tuple[Window, ...])
+            return () if value is None else msgspec.json.decode(value, type=tuple[Window, ...])
 
     async def acquire(self, date: str, owner: str, ttl_s: float = LEASE_TTL_S) -> bool:
         """Take or renew the lease of a day; False if somebody else has it."""

@@ -19,6 +19,7 @@ import redis.asyncio
 import redis.exceptions
 from nats.aio.client import Client
 from nats.js import JetStreamContext
+from nats.protocol.parser import PERMISSIONS_ERR
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff
 
@@ -34,6 +35,7 @@ CONNECT_TIMEOUT_S = 3.0
 _RECONNECT_WAIT_S = 0.25
 _PING_INTERVAL_S = 5
 _PENDING_BYTES = 32 * 1024 * 1024
+_CLOSE_TIMEOUT_S = 2.0
 _REDIS_TIMEOUT_S = 3.0
 
 _log = logging.getLogger(__name__)
@@ -168,6 +170,33 @@ def _embedded_secret(variable: str, secrets: Mapping[str, str]) -> str:
         ) from error
 
 
+class _NatsClient(Client):
+    """Connects again also where nats-py 2.16 would not.
+
+    It waits until a dead socket has taken what was written: minutes, or for ever. And it closes for good where the server says
+    why it ends a connection.
+    """
+
+    def drop_socket(self) -> None:
+        """Cut the connection, whatever waits to be written."""
+        writer = getattr(self._transport, "_io_writer", None)
+        if writer is not None:
+            writer.transport.abort()
+
+    async def _process_op_err(self, e: Exception) -> None:
+        if self.is_connected:
+            self.drop_socket()
+        await super()._process_op_err(e)
+
+    async def _process_err(self, err_msg: str) -> None:
+        if PERMISSIONS_ERR in err_msg:  # the connection stays
+            await super()._process_err(err_msg)
+            return
+        error = nats.errors.Error(f"nats: {err_msg}")
+        await self._error_cb(error)
+        await self._process_op_err(error)
+
+
 @asynccontextmanager
 async def connect_nats(
     url: str,
@@ -196,7 +225,7 @@ async def connect_nats(
         if "authorization violation" in str(error).lower():
             refused.set()
 
-    nc = Client()
+    nc = _NatsClient()
     connecting = asyncio.ensure_future(
         nc.connect(
             url,
@@ -231,7 +260,11 @@ async def connect_nats(
         connecting.cancel()
         refusal.cancel()
         await asyncio.wait({connecting, refusal})
-        await nc.close()
+        closing = asyncio.ensure_future(nc.close())
+        await asyncio.wait({closing}, timeout=_CLOSE_TIMEOUT_S)
+        if not closing.done():
+            nc.drop_socket()
+        await asyncio.gather(closing, return_exceptions=True)
 
 
 @asynccontextmanager

@@ -16,7 +16,7 @@ from ssmd_dagster.clock import Clock
 from ssmd_dagster.day.events import EMPTY_BOOK, Book, TradingDay, fold, new_event
 from ssmd_dagster.day.payloads import Payload
 from ssmd_dagster.day.states import ENVIRONMENT_EVENTS, OPENS_EPOCH, EventName
-from ssmd_dagster.errors import UnreachableError
+from ssmd_dagster.errors import SsmdError, UnreachableError
 from ssmd_dagster.stores.cache import DayCache
 from ssmd_dagster.stores.journal import AppendConflictError, Journal, StoredEvent
 
@@ -131,7 +131,7 @@ class DayBook:
     async def _mirror(self) -> None:
         try:
             await self.cache.apply(self.book)
-        except UnreachableError as error:
+        except SsmdError as error:
             # The cache is no source of truth: `ssmd day rebuild` and the next transition bring it up to date.
             _log.warning("the cache was not told of journal sequence %d: %s", self.book.tip_seq, error)
 

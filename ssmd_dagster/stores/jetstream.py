@@ -6,6 +6,7 @@ Not for what the messages mean: that belongs to `journal`, `stream` and `secmast
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import re
 from collections import deque
@@ -63,6 +64,7 @@ def encode_token(text: str) -> str:
     return "".join(chr(b) if _HARMLESS.fullmatch(chr(b)) else f"%{b:02X}" for b in text.encode())
 
 
+@functools.lru_cache(4096)  # a day has millions of batches of few connections: their names are kept once
 def decode_token(token: str) -> str:
     """Undo `encode_token`."""
     return unquote(token) if "%" in token else token

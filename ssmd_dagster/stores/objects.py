@@ -34,6 +34,10 @@ _KEY = re.compile(r"(?!\.)[A-Za-z0-9_.%=-]+(/(?!\.)[A-Za-z0-9_.%=-]+)*")
 _STATUS = re.compile(r"status code: (\d{3})")
 _INCOMING = ".incoming"
 _CHUNK_BYTES = 8 * 1024 * 1024
+_REQUEST_TIMEOUT_S = 120.0
+_LARGE_BYTES = 96 * 1024 * 1024
+"""More than a segment has; a day's tables may have more by far."""
+_SLOWEST_BYTES_PER_S = 256 * 1024
 _CONFIGURATION_ERRNOS = frozenset({1, 13, 30})
 """EPERM, EACCES, EROFS."""
 
@@ -224,33 +228,40 @@ class S3ObjectStore(ObjectStore):
         if access_key_id is not None and secret_access_key is not None:
             config["access_key_id"] = access_key_id
             config["secret_access_key"] = secret_access_key
-        store = S3Store(
-            bucket,
-            prefix=prefix or None,
-            config=config,
-            client_options={
-                "allow_http": endpoint is not None and endpoint.startswith("http://"),
-                "connect_timeout": "3s",
-                "timeout": "120s",
-            },
-            retry_config={
-                "max_retries": 3,
-                "retry_timeout": timedelta(seconds=20),
-                "backoff": {
-                    "init_backoff": timedelta(milliseconds=100),
-                    "max_backoff": timedelta(seconds=2),
-                    "base": 2,
+
+        def opened(timeout_s: float) -> S3Store:
+            return S3Store(
+                bucket,
+                prefix=prefix or None,
+                config=config,
+                client_options={
+                    "allow_http": endpoint is not None and endpoint.startswith("http://"),
+                    "connect_timeout": "3s",
+                    "timeout": timedelta(seconds=timeout_s),
                 },
-            },
-        )
+                retry_config={
+                    "max_retries": 3,
+                    "retry_timeout": timedelta(seconds=20),
+                    "backoff": {
+                        "init_backoff": timedelta(milliseconds=100),
+                        "max_backoff": timedelta(seconds=2),
+                        "base": 2,
+                    },
+                },
+            )
+
+        self._opened = opened
         self._url = f"s3://{bucket}/{prefix}/" if prefix else f"s3://{bucket}/"
-        super().__init__(store, f"{self._url.rstrip('/')} at {endpoint or 'AWS'}")
+        super().__init__(opened(_REQUEST_TIMEOUT_S), f"{self._url.rstrip('/')} at {endpoint or 'AWS'}")
 
     async def create(self, key: str, content: bytes | Path) -> None:
-        """Write an object with a single conditional request; see `ObjectStore.create`."""
+        """Write an object with a single conditional request; see `ObjectStore.create`. A large one may take its time."""
         data = content if isinstance(content, bytes) else await asyncio.to_thread(content.read_bytes)
         with self._errors(key):
-            await obstore.put_async(self._store, _checked(key), data, mode="create", use_multipart=False)
+            store = self._store
+            if len(data) > _LARGE_BYTES:
+                store = self._opened(_REQUEST_TIMEOUT_S + len(data) / _SLOWEST_BYTES_PER_S)
+            await obstore.put_async(store, _checked(key), data, mode="create", use_multipart=False)
 
     def url(self, key: str) -> str:
         """Return `s3://bucket/prefix/key`."""

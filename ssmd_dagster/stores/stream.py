@@ -154,6 +154,19 @@ class RawStream:
                 found.update((batch.id, batch.records) for batch in read if batch.id.batch != NO_BATCH)
         return found
 
+    async def connections(self, date: str) -> set[str]:
+        """Return the connections of which the stream holds batches of a day; none where there is no stream.
+
+        Raises:
+            UnreachableError: NATS does not answer.
+        """
+        with nats_errors(self._js, f"reading stream {self.stream}"):
+            try:
+                info = await self._js.stream_info(self.stream, subjects_filter=self.subject(date))
+            except nats.js.errors.NotFoundError:
+                return set()
+        return {decode_token(subject.rpartition(".")[2]) for subject in info.state.subjects or ()}
+
     async def newest(self, date: str, channel: str) -> bytes:
         """Return the batch of a day's channel that was stored last.
 
@@ -168,9 +181,9 @@ class RawStream:
                 raise NotFoundError(f"no batch of {channel} on {date}", where=self.stream) from error
         return message.data or b""
 
-    def consume(self, date: str) -> RawConsumer:
-        """Return a consumer of all batches of a day from the first one on, in stream order."""
-        return RawConsumer(StreamReader(self._js, self.stream, [self.subject(date)], batch=_CONSUME_BATCH))
+    def consume(self, date: str, channel: str = "*") -> RawConsumer:
+        """Return a consumer of all batches of a day (of one channel) from the first one on, in stream order."""
+        return RawConsumer(StreamReader(self._js, self.stream, [self.subject(date, channel)], batch=_CONSUME_BATCH))
 
     async def tail(self, channels: Sequence[str]) -> RawTail:
         """Return a consumer of the batches of some channels, of all days, that are stored from now on.

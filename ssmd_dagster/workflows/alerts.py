@@ -12,6 +12,7 @@ from typing import Literal, Protocol
 
 import msgspec
 
+from ssmd_dagster.day.condition import beyond_replay
 from ssmd_dagster.day.events import DayEvent, TradingDay
 from ssmd_dagster.day.reconcile import Flag
 from ssmd_dagster.day.states import DayState, EventName
@@ -71,8 +72,10 @@ def of_event(event: DayEvent, day: TradingDay | None) -> Alert | None:
         command = f"ssmd day recover {env} --date {date}"
         return Alert(env=env, date=date, kind="error", cause=day.error or "ERROR", command=command)
     finished = event.event is EventName.COMPLETED or event.event is EventName.CONDITION_CHANGED
-    if finished and day.condition in ("degraded", "missing"):
-        cause = f"{day.condition}: {'; '.join(day.condition_reasons) or 'no reason given'}"
+    reasons = day.condition_reasons
+    as_any_replay = day.condition == "degraded" and reasons and not beyond_replay(reasons, day.gaps)
+    if finished and day.condition in ("degraded", "missing") and not as_any_replay:
+        cause = f"{day.condition}: {'; '.join(reasons) or 'no reason given'}"
         return Alert(env=env, date=date, kind="degraded", cause=cause, command=f"ssmd day show {env} {date}")
     return None
 

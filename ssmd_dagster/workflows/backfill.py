@@ -1,13 +1,13 @@
 """Backfill: replay a range of days, one after the other or several side by side, each started and ended like any day.
 
 It keeps no state: what the journal has COMPLETE is skipped, what was cut off goes on where it was. One day that fails does not
-stop the others. Not here: how one day is fetched (`replay`).
+stop the others; one that failed for a passing cause, such as a server that is restarted, is tried again first. Not here: how one
+day is fetched (`replay`).
 """
 
 from __future__ import annotations
 
 import asyncio
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from datetime import date as Date  # noqa: N812 - `date` is the contract's word for the written form
@@ -20,16 +20,18 @@ from ssmd_dagster.capture.process import give_way
 from ssmd_dagster.capture.setting import Setting
 from ssmd_dagster.day.events import TradingDay
 from ssmd_dagster.day.states import DayState
-from ssmd_dagster.environments.home import spool_dir
 from ssmd_dagster.errors import SsmdError, UsageError
 from ssmd_dagster.workflows.attempt import Attempt, Options
 from ssmd_dagster.workflows.desk import Desk, Progress, Report, open_desk
 from ssmd_dagster.workflows.end import END
 from ssmd_dagster.workflows.replay import check_replay
+from ssmd_dagster.workflows.retention import let_go_of_replay
 from ssmd_dagster.workflows.start import START, create_streams
 
 MAX_PARALLEL = 8
 MAX_DAYS = 4_000
+TRY_AGAIN_S = (5.0, 30.0)
+"""Pauses before a day that failed for a passing cause is tried again."""
 
 Outcome = Literal["replayed", "complete already", "failed"]
 
@@ -74,24 +76,14 @@ async def replay_day(desk: Desk, date: str, *, share: int = 1, reason: str | Non
     give_way()
     await create_streams(desk)
     day = await desk.book.day(date)
-    if day is not None and day.state is DayState.COMPLETE and (day.sealed is not None or day.forced_by is not None):
+    if day is not None and is_done(day):
         desk.report(Progress("note", "replay", date, "replay", f"Trading day {date} is COMPLETE already"))
         return day
     if day is None or day.state not in (DayState.ENDING, DayState.COMPLETE):
         await Attempt(desk, date, START, Options(mode="replay", reason=reason, share=share)).go()
     day = await Attempt(desk, date, END, Options(reason=reason)).go()
-    await let_go(desk, day)
+    await let_go_of_replay(desk, day)
     return day
-
-
-async def let_go(desk: Desk, day: TradingDay) -> None:
-    """Empty stream and spool of a replayed day that is sealed: the archive has been read back, the exchange still has it.
-
-    A recorded day's are kept for `retain_days`; a month of replays would fill a stream that is made for two days.
-    """
-    if day.state is DayState.COMPLETE and day.sealed is not None and day.mode == "replay":
-        await desk.stores.raw_stream.purge(day.date)
-        await asyncio.to_thread(shutil.rmtree, spool_dir(desk.setting.home, desk.env, day.date), ignore_errors=True)
 
 
 def days_of(desk: Desk, first: str, last: str) -> list[str]:
@@ -125,58 +117,78 @@ async def backfill(
 ) -> list[DayResult]:
     """Replay the days in order, `parallel` side by side, each with its part of the exchange's rate; return all results.
 
-    `on_day` is told of every day as it is done.
+    `on_day` is told of every day as it is done, of those that are COMPLETE already first.
     """
-    waiting = list(reversed(dates))
     results: dict[str, DayResult] = {}
     began = time.monotonic()
 
+    def done(result: DayResult) -> None:
+        results[result.date] = result
+        known = list(results.values())
+        on_day(
+            result,
+            Tally(
+                done=len(known),
+                days=len(dates),
+                failed=sum(one.outcome == "failed" for one in known),
+                trades=sum(one.trades or 0 for one in known if one.outcome == "replayed"),
+                since_s=time.monotonic() - began,
+                replayed=sum(one.outcome != "complete already" for one in known),
+            ),
+        )
+
+    async with open_desk(setting, actor, report) as desk:
+        book = await desk.book.refresh()
+    for date in dates:
+        day = book.days.get(date)
+        if day is not None and is_done(day):
+            done(_result(day, "complete already"))
+    waiting = [date for date in reversed(dates) if date not in results]
+
     async def work() -> None:
         while waiting:
-            date = waiting.pop()
-            results[date] = await _one(setting, actor, date, share=parallel, reason=reason, report=report)
-            done = list(results.values())
-            on_day(
-                results[date],
-                Tally(
-                    done=len(done),
-                    days=len(dates),
-                    failed=sum(one.outcome == "failed" for one in done),
-                    trades=sum(one.trades or 0 for one in done if one.outcome == "replayed"),
-                    since_s=time.monotonic() - began,
-                    replayed=sum(one.outcome != "complete already" for one in done),
-                ),
-            )
+            done(await _one(setting, actor, waiting.pop(), share=parallel, reason=reason, report=report))
 
     async with asyncio.TaskGroup() as group:
-        for _ in range(min(parallel, len(dates))):
+        for _ in range(min(parallel, len(waiting))):
             group.create_task(work())
     return [results[date] for date in dates]
 
 
 async def _one(setting: Setting, actor: str, date: str, *, share: int, reason: str | None, report: Report) -> DayResult:
-    """Replay one day at a desk of its own: a server that was away during one day is asked again for the next."""
+    """Replay one day at a desk of its own, so that a server that was away is connected to anew."""
     began = time.monotonic()
-    try:
-        async with open_desk(setting, actor, report) as desk:
-            before = await desk.book.day(date)
-            already = before is not None and before.state is DayState.COMPLETE
-            day = await replay_day(desk, date, share=share, reason=reason)
-    except SsmdError as error:
-        return DayResult(
-            date=date,
-            outcome="failed",
-            seconds=time.monotonic() - began,
-            error=str(error),
-            exit_code=int(error.exit_code),
-        )
-    return DayResult(
-        date=date,
-        outcome="complete already" if already else "replayed",
-        condition=day.condition,
-        trades=trades_of(day),
-        seconds=time.monotonic() - began,
-    )
+    pauses_s = list(TRY_AGAIN_S)
+    while True:
+        try:
+            async with open_desk(setting, actor, report) as desk:
+                before = await desk.book.day(date)
+                already = before is not None and before.state is DayState.COMPLETE
+                day = await replay_day(desk, date, share=share, reason=reason)
+            break
+        except SsmdError as error:
+            if error.transient and pauses_s:
+                pause_s = pauses_s.pop(0)
+                report(Progress("note", "replay", date, "replay", f"{error}; trying again in {pause_s:g} s"))
+                await asyncio.sleep(pause_s)
+                continue
+            return DayResult(
+                date=date,
+                outcome="failed",
+                seconds=time.monotonic() - began,
+                error=str(error),
+                exit_code=int(error.exit_code),
+            )
+    return _result(day, "complete already" if already else "replayed", time.monotonic() - began)
+
+
+def is_done(day: TradingDay) -> bool:
+    """Tell whether nothing is left to do for a day: it is COMPLETE, and sealed or forced."""
+    return day.state is DayState.COMPLETE and not day.is_unsealed
+
+
+def _result(day: TradingDay, outcome: Outcome, seconds: float = 0.0) -> DayResult:
+    return DayResult(date=day.date, outcome=outcome, condition=day.condition, trades=trades_of(day), seconds=seconds)
 
 
 def trades_of(day: TradingDay) -> int | None:

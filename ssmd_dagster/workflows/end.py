@@ -20,11 +20,13 @@ from ssmd_dagster.day.states import DayState, EventName
 from ssmd_dagster.errors import RefusedError, SsmdError, UnreachableError
 from ssmd_dagster.exchange import SESSION
 from ssmd_dagster.workflows.attempt import Attempt, Step, Verb
+from ssmd_dagster.workflows.damage import journal_losses, sort_out
 from ssmd_dagster.workflows.desk import Desk
 from ssmd_dagster.workflows.late import late_of, tell_the_neighbours
 from ssmd_dagster.workflows.lease import wait_until_gone
 from ssmd_dagster.workflows.recorded_on import take_over_gaps
 from ssmd_dagster.workflows.replay import revision_note
+from ssmd_dagster.workflows.retention import let_go_of_sealed_days
 from ssmd_dagster.workflows.sealing import seal
 from ssmd_dagster.workflows.start import create_streams, stop_capture, wait_until
 from ssmd_dagster.workflows.trades import close_repaired_gaps, compare_trades, line_of
@@ -71,7 +73,7 @@ async def may_end(attempt: Attempt) -> bool:
             do=f"See `ssmd day history {desk.env}`, or start it: `ssmd day start {desk.env} --date {date}`.",
         )
     if day.state is DayState.COMPLETE:
-        if day.sealed is None and day.forced_by is None:  # cut off between the completion and the seal
+        if day.is_unsealed:  # cut off between the completion and the seal
             readback, _books, _ids = await read_back(desk, day, lambda _key: None)
             made = await _tables(desk, day, lambda _text: None)
             await seal(desk, day, readback, made.tables, revision=made.revision, drift=briefly(made.drift))
@@ -178,6 +180,9 @@ async def examine(attempt: Attempt) -> Verdict:
     telling = Telling(lambda text: attempt.tell("note", "verify", text))
     async with reading_of(desk, day, telling.read) as reading:
         await reading.read_new()
+        losses = reading.losses()
+        damage = await sort_out(desk, date, losses)
+        day = await journal_losses(desk, day, damage.gone, losses)
         compared = await compare_trades(desk, day, reading.ids, repair=True, tell=telling.say)
         if compared.recorded:
             await _flush(attempt, deadline)
@@ -188,6 +193,7 @@ async def examine(attempt: Attempt) -> Verdict:
     day = await desk.book.day(date)
     assert day is not None
     verdict = await judge(desk, day, readback, books, compared, reading.ids)
+    verdict = verdict._replace(faults=(*verdict.faults, *damage.faults()))
     if not verdict.faults:
         verdict = await _with_tables(desk, day, verdict, telling)
     await journal_verdict(desk, day, verdict)
@@ -251,6 +257,13 @@ async def record(attempt: Attempt) -> str:
     if attempt.verdict is not None:
         verdict = attempt.verdict
         await seal(desk, attempt.day, verdict.readback, verdict.tables, revision=verdict.revision, drift=verdict.drift)
+    try:
+        over = await let_go_of_sealed_days(desk)
+    except SsmdError as error:  # the day is complete all the same; the next one's end tries again
+        attempt.tell("note", "record", f"Stream and spool of older days are still there: {error}")
+    else:
+        if over:
+            attempt.tell("note", "record", f"Stream and spool let go of {', '.join(over)}")
     return judged.value
 
 

@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Self
 
 from ssmd_dagster.archive.layout import day_prefix, parse_segment_key
+from ssmd_dagster.archive.losses import Loss
 from ssmd_dagster.archive.proofs import BOOKS, BookFindings, BookProofs
 from ssmd_dagster.archive.readback import DayReadback, Readback
 from ssmd_dagster.archive.trade_ids import TradeIds
@@ -95,6 +96,10 @@ class DayReading:
             self._told(info.key)
         if folded is not None:
             await self._folds(folded)
+
+    def losses(self) -> tuple[Loss, ...]:
+        """Return the batches that are missing in what was read so far."""
+        return self._readback.losses()
 
     async def finish(self) -> tuple[Readback, BookFindings]:
         """Return the findings over everything that was read."""

@@ -36,7 +36,9 @@ async def reconcile(desk: Desk) -> Plan:
     for missed in made.missed:
         await miss(desk, missed.date, missed.reason, missed.recorded_with)
     for cut_off in made.cut_off:
-        await desk.book.append(cut_off.date, EventName.START_FAILED, data=Failed(error=cut_off.error, transient=True))
+        data = Failed(error=cut_off.error, transient=True)
+        with contextlib.suppress(RefusedError):  # somebody has taken the day in the meantime
+            await desk.book.append(cut_off.date, EventName.START_FAILED, epoch=book.days[cut_off.date].epoch, data=data)
     return made
 
 
@@ -44,10 +46,11 @@ async def facts(desk: Desk) -> Facts:
     """Ask the cache which days have all their processes, at which somebody is at work, and what maintenance is announced."""
     recording, held = set(), set()
     for day in desk.book.book.days.values():
-        if day.state not in _LIVE:
+        if day.state not in _LIVE and not day.is_unsealed:
             continue
         beats = await desk.stores.cache.heartbeats(day.date)
-        if all(name in beats for name in day_components(desk.setting.env, day.mode)):
+        names = day_components(desk.setting.env, day.mode)
+        if all(name in beats and beats[name].get("exit_code") is None for name in names):
             recording.add(day.date)
         if await desk.stores.cache.holder(day.date) is not None:
             held.add(day.date)

@@ -14,6 +14,7 @@ from typing import Any
 
 from ssmd_dagster.capture.control import control_subject, request
 from ssmd_dagster.capture.programs import ARCHIVER, REPLAYER, day_group, replay_programs
+from ssmd_dagster.day.condition import NOT_CAPTURED
 from ssmd_dagster.day.events import TradingDay
 from ssmd_dagster.day.payloads import Completed, GapClosed, GapOpened, Started
 from ssmd_dagster.day.states import DayState, EventName
@@ -29,8 +30,6 @@ from ssmd_dagster.workflows.attempt import Attempt
 from ssmd_dagster.workflows.desk import Desk
 
 TRADES = "trade"
-NOT_CAPTURED = "not_captured"
-"""Cause of the gap of a channel that no replay brings back."""
 STALLED_AFTER_S = 300.0
 """How long a replayer may live without bringing anything, and without ending."""
 TELL_EVERY_S = 5.0
@@ -217,4 +216,6 @@ def progress_of(beat: dict[str, Any]) -> str:
     since_s, part, new = max(beat["since_s"], 0.001), beat["covered"], beat["new_trades"]
     left = f", about {since_s * (1 - part) / part:,.0f} s left" if 0 < part < 1 and new else ""
     trouble = f" ({beat['error']})" if beat["error"] else ""
+    if not beat["trades"]:
+        return f"no trade has come yet{trouble}"
     return f"{beat['trades']:,} trades, {part:.0%} of the day, {new / since_s:,.0f} trades/s{left}{trouble}"

@@ -180,7 +180,8 @@ async def _still_recorded(desk: Desk, date: str) -> bool:
     for before in desk.book.book.days.values():
         if before.date < date and before.mode == "live" and before.state is DayState.ACTIVE:
             beats = await desk.stores.cache.heartbeats(before.date)
-            if all(name in beats for name in connector_names(desk.setting.env)):
+            names = connector_names(desk.setting.env)
+            if all(name in beats and beats[name].get("exit_code") is None for name in names):
                 return True
     return False
 

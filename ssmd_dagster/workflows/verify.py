@@ -152,8 +152,8 @@ def explain_holes(readback: Readback, gaps: tuple[Gap, ...]) -> tuple[tuple[Expl
     """Return what gaps explain of the holes, and a fault for every hole that is left.
 
     A gap of a subscription, `gap-{conn}-{sid}-{number before}`, explains the numbers that its connection noted beside it, or,
-    where that note was lost, the run of numbers that begins there. What a connection's recorder says it did not keep, a torn
-    flush or a frame too large, explains as many more.
+    where that note was lost, the run of numbers that begins there; one of batches that the archive lost, the numbers that it
+    names. What a connection's recorder says it did not keep, a torn flush or a frame too large, explains as many more.
     """
     known = {gap.gap_id for gap in gaps}
     noted = {
@@ -161,6 +161,11 @@ def explain_holes(readback: Readback, gaps: tuple[Gap, ...]) -> tuple[tuple[Expl
         for conn, jumps in readback.jumps.items()
         for jump in jumps
     }
+    archive_lost = [
+        (gap.gap_id, (gap.scope["conn"], int(sid), (first, last)))
+        for gap in gaps
+        for sid, (first, last) in gap.scope.get("seq", {}).items()
+    ]
     explained: Counter[str] = Counter()
     faults: list[str] = []
     left_of = dict(readback.unrecorded)
@@ -169,6 +174,7 @@ def explain_holes(readback: Readback, gaps: tuple[Gap, ...]) -> tuple[tuple[Expl
         prefix = f"gap-{count.conn}-{count.sid}-"
         runs = {gap_id_of(count.conn, count.sid, first): (first, last) for first, last in holes}
         runs |= {gap_id: run for gap_id, run in noted.items() if gap_id.startswith(prefix)}
+        runs |= {gap_id: run for gap_id, (conn, sid, run) in archive_lost if (conn, sid) == (count.conn, count.sid)}
         for gap_id, run in runs.items():
             if gap_id in known:
                 holes, size = _cut(holes, run)

@@ -10,6 +10,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Mapping
 from itertools import pairwise
+from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
@@ -27,9 +28,10 @@ from ssmd_dagster.day.payloads import ConditionChanged, ConditionValue, Sealed
 from ssmd_dagster.day.seal import Manifest, root_hash, sha256_hex
 from ssmd_dagster.day.states import DayState, EventName
 from ssmd_dagster.environments.models import Environment
-from ssmd_dagster.errors import NotFoundError, RefusedError
+from ssmd_dagster.errors import NotFoundError, RefusedError, UnexplainedDifferenceError
 from ssmd_dagster.stores.objects import ObjectStore
 from ssmd_dagster.workflows.attempt import Attempt, Options
+from ssmd_dagster.workflows.damage import Sorted, journal_losses, rebuild, sort_out
 from ssmd_dagster.workflows.desk import Desk
 from ssmd_dagster.workflows.end import END, examine
 from ssmd_dagster.workflows.holdings import TABLES
@@ -47,7 +49,7 @@ from ssmd_dagster.workflows.verify import (
 )
 
 MISSING_NAMED = 5
-"""So many of the trades that are missing are named; a replay finds all of them."""
+"""So many of the trades that are missing are named; a replay finds all of them. Also: so many segments are built again."""
 _CARRIED = ("published", *FILED_LINES)
 """Lines that the raw files alone do not give again; they are the sealed ledger's."""
 
@@ -83,6 +85,11 @@ class _Store(NamedTuple):
     examined: dict[str, int]
     faults: tuple[str, ...]
 
+    def spoilt(self) -> list[str]:
+        """Return the segments that are missing or changed."""
+        there = {segment.key: segment.sha256 for segment in self.readback.segments}
+        return [entry.key for entry in self.manifest.segments if there.get(entry.key) != entry.sha256]
+
 
 async def verify_store(
     env: Environment, raw: ObjectStore, normalized: ObjectStore, date: str, tell: Tell
@@ -90,7 +97,8 @@ async def verify_store(
     """Verify a sealed day from the store alone. Raises `NotFoundError` where it holds no manifest of the day."""
     found = await _examine_store(env, raw, normalized, date, None, tell)
     ledger, holes = _ledger(found, published=None)
-    faults = (*found.faults, *holes, *unexplained(ledger))
+    # Whether spool or stream have another copy is not asked here.
+    faults = (*found.faults, *Sorted(found.readback.losses, ()).faults(), *holes, *unexplained(ledger))
     judged = _judge(found, ledger, faults)
     return _verification(env.name, found, judged, faults, ledger, journal=False, changed=False)
 
@@ -111,7 +119,7 @@ async def verify_sealed(desk: Desk, date: str, tell: Tell) -> Verification:
             where=desk.env,
             do=f"End it first, which verifies it: `ssmd day end {desk.env} --date {date}`.",
         )
-    return await (_first_time(desk, day, tell) if day.sealed is None else _again(desk, day, tell))
+    return await (_first_time(desk, day, tell) if day.sealed is None or day.is_unsealed else _again(desk, day, tell))
 
 
 async def _first_time(desk: Desk, day: TradingDay, tell: Tell) -> Verification:
@@ -162,15 +170,23 @@ async def _again(desk: Desk, day: TradingDay, tell: Tell) -> Verification:
     published: Counter[str] = Counter()
     for batch, records in (await desk.stores.raw_stream.batches(day.date)).items():
         published[batch.channel] += records
+    losses = found.readback.losses
+    damage = await sort_out(desk, day.date, losses)
+    day = await journal_losses(desk, day, damage.gone, losses)
     found = found._replace(day=day)
     ledger, holes = _ledger(found, published=dict(published) if published else None)
     compared = await compare_trades(desk, day, found.ids, repair=False, tell=tell)
     ledger = again_with_trades(ledger, compared, line_of(compared, found.ids))
-    faults = (*found.faults, *holes, *unexplained(ledger), *missing_by_name(ledger, compared))
+    faults = (*found.faults, *damage.faults(), *holes, *unexplained(ledger), *missing_by_name(ledger, compared))
     await journal_verdict(desk, day, Verdict(found.readback, ledger, faults))
     judged = _judge(found, ledger, faults)
     changed = await _journal_condition(desk, day, judged)
-    return _verification(env.name, found, judged, faults, ledger, journal=True, changed=changed)
+    rebuilt = {}
+    for key in found.spoilt()[:MISSING_NAMED]:
+        tell(f"building {key} again from the stream")
+        if (path := await rebuild(desk, found.manifest, key)) is not None:
+            rebuilt[desk.stores.raw.url(key)] = path
+    return _verification(env.name, found, judged, faults, ledger, journal=True, changed=changed, rebuilt=rebuilt)
 
 
 def again_with_trades(ledger: Ledger, compared: Compared, line: TradesLedger) -> Ledger:
@@ -200,9 +216,16 @@ def _more(ledger: Ledger, named: int) -> str:
     return f" and {left:,} more" if left > 0 else ""
 
 
-def mending(env: str, date: str, revision: int, store_faults: int, ledger: Ledger) -> tuple[str, ...]:
-    """Return what can be done about the faults that a verification has found; what is stored is never rewritten."""
-    done: list[str] = []
+def mending(
+    env: str, date: str, revision: int, store_faults: int, ledger: Ledger, rebuilt: Mapping[str, Path] | None = None
+) -> tuple[str, ...]:
+    """Return what can be done about the faults that a verification has found; what is stored is never rewritten.
+
+    `rebuilt`: where objects lie that were built again as they were sealed, by the places where they belong.
+    """
+    done = [
+        f"Built again as it was sealed: {path}; put it in the place of {url}" for url, path in (rebuilt or {}).items()
+    ]
     if store_faults:
         done.append(
             "Put the named objects back from a copy or from the store's own versions, then verify again: "
@@ -254,6 +277,7 @@ def _verification(
     *,
     journal: bool,
     changed: bool,
+    rebuilt: Mapping[str, Path] | None = None,
 ) -> Verification:
     return Verification(
         environment=env,
@@ -266,7 +290,7 @@ def _verification(
         examined=found.examined,
         faults=faults,
         ledger=ledger,
-        mend=mending(env, found.manifest.date, found.day.revision, len(found.faults), ledger),
+        mend=mending(env, found.manifest.date, found.day.revision, len(found.faults), ledger, rebuilt),
     )
 
 
@@ -311,11 +335,18 @@ async def _examine_store(
     listed = {info.key: info.size for info in await raw.list(day_prefix(env.feed, date))}
     manifests, faults = await _manifests(env, raw, date, listed, sealed)
     if not manifests:
+        where = raw.url(day_prefix(env.feed, date))
+        if faults:
+            raise UnexplainedDifferenceError(
+                f"no manifest of {date} can be read, so nothing can be held against it: {'; '.join(faults)}",
+                where=where,
+                do=f"Put it back from a copy or from the store's own versions, then verify again: "
+                f"`ssmd day verify {env.name} {date}`.",
+            )
         raise NotFoundError(
-            f"the store holds no manifest of {date} that can be read",
-            where=raw.url(day_prefix(env.feed, date)),
-            do=f"The day may not be sealed yet: see `ssmd day show {env.name} {date}`."
-            + "".join(f" {f}" for f in faults),
+            f"the store holds no manifest of {date}",
+            where=where,
+            do=f"The day may not be sealed yet: see `ssmd day show {env.name} {date}`.",
         )
     revisions = sorted(manifests)
     manifest = manifests[revisions[-1]]

@@ -17,6 +17,7 @@ from ssmd_dagster.archive.normalize import normalize_day
 from ssmd_dagster.archive.normalize_job import Neighbour, NormalizeJob, NormalizeResult, RawSegment
 from ssmd_dagster.archive.segment import SegmentWriter
 from ssmd_dagster.capture.recorder import Flush, Origin, Recorder, seal
+from ssmd_dagster.capture.rest_pages import CHANNEL_OF_PAGE
 from ssmd_dagster.exchange import Envelope
 from ssmd_dagster.kalshi.socket import read_envelope
 from ssmd_dagster.kalshi.wire import CHANNEL_OF_TYPE
@@ -133,7 +134,7 @@ def _flushes(origin: Origin, frames: Iterable[Frame], every: int) -> Iterator[Fl
     now_ns = 0
     recorder = Recorder(
         origin,
-        channel_of_type=dict(CHANNEL_OF_TYPE) | {"rest_trades": "rest"},
+        channel_of_type=dict(CHANNEL_OF_TYPE) | CHANNEL_OF_PAGE,
         clock=lambda: now_ns,
         on_flush=flushes.append,
         on_end=lambda _reason: None,

@@ -246,6 +246,14 @@ def test_a_book_of_a_recorded_day_is_found_by_its_instant(shelf: Shelf) -> None:
     assert depth_of_book(shelf.folder, "KX-B", DATE, 2).num_columns == 11
 
 
+def test_the_best_levels_of_a_day_end_with_it(shelf: Shelf) -> None:
+    """A snapshot that its connection was sent behind the close is in the table, but shows another day's book."""
+    before = top_of_book(shelf.folder, "KX-B", DATE)
+    rows = [{**one, "ticker": "KX-B"} for one in [*PLAIN, *snapshot(86_401, 900, {("yes", 10_000): 100})]]
+    shelf.write("orderbook", rows)
+    assert top_of_book(shelf.folder, "KX-B", DATE).to_pylist() == before.to_pylist()
+
+
 def test_holes_of_a_recorded_day_come_from_its_coverage(shelf: Shelf) -> None:
     """Those of another market do not matter."""
     shelf.write("coverage", [hole("orderbook_delta", 10, 20, market="KX-B"), hole("trade", 10, 20)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import resource
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ssmd_dagster.archive.normalize import OPEN_FILES, allow_open_files
 from ssmd_dagster.archive.normalize_job import LateElsewhere, Neighbour
 from ssmd_dagster.archive.tables import SCHEMAS
+from ssmd_dagster.capture.replayer import markets_message
 from ssmd_dagster.day.events import Gap
-from ssmd_dagster.exchange import Market
+from ssmd_dagster.exchange import Market, MarketPage, Place
 from ssmd_dagster_tests.archive.rawdays import (
     CLOSE_NS,
     DATE,
@@ -520,6 +523,21 @@ def test_the_tables_do_not_depend_on_how_much_fits_into_memory(tmp_path: Path) -
     assert sum(row["kind"] == "delta" for row in split.rows("orderbook")) == 3_000
 
 
+def test_replayed_markets_have_the_series_that_their_page_tells_of(tmp_path: Path) -> None:
+    """A row of the exchange's list names its event only; the page says beside it where that belongs, as far as it is known."""
+    rows = [
+        {"ticker": ticker, "event_ticker": event, "status": "finalized"} for ticker, event in (("A", "E"), ("B", "F"))
+    ]
+    page = MarketPage(
+        endpoint="/markets", params={}, rows=json.dumps(rows).encode(), tickers=frozenset("AB"), events=frozenset("EF")
+    )
+    told = markets_message(page, ["A", "B"], {"E": Place("S", "Crypto"), "G": Place("S", "Crypto")})
+    frames = [(NOON, b'{"type":"rest_markets","msg":%b}' % told)]
+    day = normalized(tmp_path / "out", record(tmp_path / "raw", {"1-rest-0": frames}))
+    found = [(row["ticker"], row["series_ticker"], row["category"]) for row in day.rows("security_master")]
+    assert found == [("A", "S", "Crypto"), ("B", None, None)]
+
+
 def test_the_security_master_holds_what_the_day_knew(tmp_path: Path) -> None:
     """Markets of the master list are completed by what their lifecycle told; others come from there alone."""
     market = Market(
@@ -598,3 +616,14 @@ def test_every_record_is_accounted_for(
     for table in ("trade", "ticker", "orderbook", "lifecycle"):
         keys = [(row["ticker"], row["event_ns"]) for row in day.rows(table)]
         assert keys == sorted(keys)
+
+
+def test_a_large_day_may_have_many_files_open() -> None:
+    """Rows are put aside in one file for every 150,000; systemd's usual 1,024 would end a day of 150 million."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 1_024), hard))
+    try:
+        allow_open_files()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (min(hard, OPEN_FILES) if hard > 0 else OPEN_FILES, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import warnings
+from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -159,8 +160,8 @@ def test_the_bucket_of_tables_is_enough(shelf: Shelf, inner: str) -> None:
 
 def test_a_folder_without_tables_says_so(tmp_path: Path) -> None:
     """Neither an empty folder nor one that is not there is a store."""
-    for folder in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(NotFoundError, match="no tables in that folder"):
+    for folder, words in ((tmp_path, "no tables in that folder"), (tmp_path / "nowhere", "there is no such folder")):
+        with pytest.raises(NotFoundError, match=words):
             load(folder, DATE, "trade")
 
 
@@ -313,6 +314,9 @@ def test_a_broken_manifest_is_named(shelf: Shelf) -> None:
         ({"engine": "spark"}, "no such engine: spark"),
         ({"on_gap": "hide"}, "no such on_gap: hide"),
         ({"date": "14.12.2025"}, "not a date"),
+        ({"date": 20251214}, "not a date: '20251214'"),
+        ({"date": (20251214, 20251215)}, "not a date: '20251214'"),
+        ({"from_ns": 2, "to_ns": 1}, "the interval ends before it begins"),
         ({"table": "coverage", "tickers": "KX-A"}, "not chosen by ticker"),
         ({"table": "security_master", "from_ns": 1}, "no event time"),
     ],
@@ -321,6 +325,22 @@ def test_wrong_words_are_refused_with_what_was_expected(shelf: Shelf, arguments:
     """Tables, columns, engines and dates that do not exist."""
     with pytest.raises(UsageError, match=words):
         load(shelf.folder, **{"date": DATE, "table": "trade", **arguments})
+
+
+def test_one_name_stands_for_a_list_of_one_and_a_time_for_its_date(shelf: Shelf) -> None:
+    """As researchers write it: a column's name, a `datetime` (pandas' `Timestamp` is one)."""
+    rows = load(shelf.folder, datetime(2025, 12, 14, 9, tzinfo=UTC), "trade", columns="yes_price")
+    assert rows.column_names == ["yes_price"]
+    assert len(rows) == len(load(shelf.folder, DATE, "trade"))
+
+
+def test_a_folder_that_looks_like_an_environment_is_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder needs a slash in its name; the error says so where there is one."""
+    (tmp_path / "days").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(NotFoundError) as caught:
+        load("days", DATE, "trade")
+    assert caught.value.do == "For the folder of that name say ./days"
 
 
 def test_a_table_that_the_day_lacks_is_named_with_those_it_has(shelf: Shelf) -> None:
@@ -351,6 +371,9 @@ def test_coverage_lists_the_days_and_markets_asked_for(shelf: Shelf) -> None:
         (NEXT, None, "present"),
     ]
     assert found[2]["to_ns"] == window_of(NEXT).close_ns
+    assert coverage(shelf.folder, (DATE, NEXT), channels="trade", tickers="KX-B").to_pylist() == found
+    with pytest.raises(UsageError, match="no such channel: trades"):
+        coverage(shelf.folder, DATE, channels=["trades"])
 
 
 @settings(deadline=None)

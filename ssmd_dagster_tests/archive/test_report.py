@@ -205,6 +205,12 @@ def test_what_is_too_short_to_be_seen_is_drawn_wide_enough() -> None:
     assert titles(svg) == ["lost"]
 
 
+def test_the_axis_of_a_day_of_seconds_has_times() -> None:
+    """The demo's first day lasts a quarter of a minute."""
+    svg = strip("t", OPEN_NS, OPEN_NS + 15 * SECOND, [("trade", [])])
+    assert re.findall(r">([0-9:]+)</text>", svg) == [f"00:00:{at:02}" for at in range(0, 16, 2)]
+
+
 def test_every_chart_stands_empty_input() -> None:
     """Nothing to show is an empty picture, not an error."""
     for svg in (lanes("l", 0, SECOND, [], ""), strip("s", 0, SECOND, []), ranges("r", [], "ms"), bars("b", [])):

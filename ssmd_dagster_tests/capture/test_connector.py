@@ -18,10 +18,17 @@ from ssmd_dagster.archive.records import parse_record
 from ssmd_dagster.capture import connector as connector_module
 from ssmd_dagster.capture import pipeline as pipeline_module
 from ssmd_dagster.capture import recorder as recorder_module
-from ssmd_dagster.capture.connector import Connector
+from ssmd_dagster.capture.connector import Connector, begin_from
 from ssmd_dagster.capture.gaps import gaps_between
 from ssmd_dagster.capture.setting import Setting
-from ssmd_dagster.capture.spool import SpoolWriter, read_spool, spool_path, spooled_connections, spooled_records
+from ssmd_dagster.capture.spool import (
+    SpoolWriter,
+    next_connection,
+    read_spool,
+    spool_path,
+    spooled_connections,
+    spooled_records,
+)
 from ssmd_dagster.capture.watch import ClockStep, Stalled, Suspended, read_clocks
 from ssmd_dagster.clock import system_clock
 from ssmd_dagster.day.calendar import Window
@@ -546,6 +553,20 @@ async def test_fifty_thousand_markets_listed_at_once_are_subscribed_in_batches(
             total += sum(1 for ticker in connector._roster.tickers() if ticker != "KX-1")
     assert total == 49_999
     assert max(exchange.batches) <= 1_000
+
+
+async def test_a_connections_id_is_not_used_again_where_the_spool_was_lost(
+    setting: Setting, stores: Stores, book: DayBook
+) -> None:
+    """What came under it would be taken for what the stream and the archive have already."""
+    day = await book.day(DATE)
+    assert day is not None
+    assert day.epoch is not None
+    for conn in (f"{day.epoch}-a-9", f"{day.epoch}-a-10", f"{day.epoch}-b-11", "of somebody else"):
+        await (await stores.raw_stream.publish(b"", date=DATE, channel="trade", conn=conn, batch=0, records=1))
+    epoch, last = await begin_from(setting, DATE, "a")
+    assert next_connection(setting.home, epoch, "a", last) == f"{day.epoch}-a-11"
+    assert await begin_from(setting, DATE, "a2") == (day.epoch, None)
 
 
 async def test_half_the_channels_are_the_first_shards_alone(make_setting: MakeSetting, stores: Stores) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import random
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from ssmd_dagster.capture.setting import Setting
 from ssmd_dagster.capture.spool import read_spool, spool_path, spooled_connections, spooled_records
 from ssmd_dagster.day.events import Gap
 from ssmd_dagster.environments.home import spool_dir
+from ssmd_dagster.errors import ConfigurationError
 from ssmd_dagster.exchange import ExchangeSettings, MarketSelection
 from ssmd_dagster.kalshi.client import Kalshi
 from ssmd_dagster.stores.connect import Stores
@@ -247,6 +250,21 @@ async def test_an_exchange_that_wants_rest_gets_it(
     assert await declare_gaps(spool_dir(setting.home, setting.env.name, DATE), book, DATE) == 0
 
 
+async def test_a_key_whose_file_is_away_costs_no_connection(
+    setting: Setting, stores: Stores, book: DayBook, sim: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the connector was started with is in memory: a reconnect reads no credentials, whose lack would end it for good."""
+
+    def gone(self: Setting, date: str) -> ExchangeSettings:
+        raise ConfigurationError("the exchange's private key cannot be read")
+
+    async with capturing(setting, sim, book) as capture:
+        await capture.up()
+        monkeypatch.setattr(Setting, "exchange_settings", gone)
+        await capture.fault("disconnect")
+        await capture.up(2)
+
+
 async def test_markets_that_are_listed_are_subscribed_before_they_open(
     setting: Setting, stores: Stores, book: DayBook, sim: Running
 ) -> None:
@@ -278,6 +296,34 @@ async def test_no_markets_at_all_is_no_trouble(
         (row,) = [one async for one in capture.connector._exchange.markets(MarketSelection(max_markets=1))]
         capture.connector._roster.take([row], sim.simulator.clock())
         await eventually(lambda: capture.status["markets"] == 1 and capture.status["snapshots_due"] == 0)
+
+
+async def test_a_disk_that_hangs_for_a_while_costs_nothing(
+    setting: Setting, stores: Stores, book: DayBook, sim: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What comes meanwhile waits in memory; a socket that is not read would be taken for a dead one."""
+    monkeypatch.setattr(connector_module, "PAUSE_AT_BYTES", 50_000)
+    monkeypatch.setattr(connector_module, "READ_ON_AT_BYTES", 10_000)
+    monkeypatch.setattr(connector_module, "DISK_HANGS_S", 0.2)
+    monkeypatch.setattr(connector_module, "SILENCE_S", 1.5)
+    fsync, moves = os.fsync, threading.Event()
+    moves.set()
+
+    def hanging(fd: int) -> None:
+        moves.wait(10)
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", hanging)
+    async with capturing(setting, sim, book) as capture:
+        await capture.up()
+        frames = capture.status["frames"]
+        moves.clear()
+        try:
+            await eventually(lambda: capture.status["frames"] > frames + 3_000)
+        finally:
+            moves.set()
+        assert capture.connector._connections == 1
+        assert await capture.gaps() == []
 
 
 async def test_silence_of_a_black_hole_is_a_lost_connection(

@@ -15,7 +15,7 @@ from ssmd_dagster.capture.audit import declare_gaps, finish_connection
 from ssmd_dagster.capture.gaps import BUFFER_OVERFLOW, GapLog, Life, Lost, gaps_between, life_of, tell
 from ssmd_dagster.capture.setting import Setting
 from ssmd_dagster.day.events import Gap
-from ssmd_dagster.day.payloads import GapOpened
+from ssmd_dagster.day.payloads import GapClosed, GapOpened
 from ssmd_dagster.day.states import EventName
 from ssmd_dagster.stores.connect import Stores
 from ssmd_dagster.stores.daybook import DayBook
@@ -63,6 +63,24 @@ def test_a_killed_process_is_a_crash_from_its_last_frame_on(tmp_path: Path, fini
     assert last_ns is not None
     assert life_of(tmp_path, "812-a-0") == Life("812-a-0", START_NS + 2 * MS, last_ns, "process_crash")
     assert gaps_between(tmp_path, "a") == [Lost("812-a-0", "process_crash", last_ns)]
+
+
+def test_a_clock_that_was_set_back_hides_no_end(tmp_path: Path) -> None:
+    """A connection that recorded on for a day an hour back was told to stop all the same, and no gap has a negative length."""
+    recording = quiet_recording("812-a-0")
+    recording.clock.now_ns -= 3_600_000 * MS
+    recording.frame("trade")
+    recording.end()
+    recording.write(tmp_path)
+    life = life_of(tmp_path, "812-a-0")
+    assert life is not None
+    assert (life.cause, life.last_ns) == ("operator_stop", recording.recorder.last_frame_ns)
+    ends = [
+        data
+        for event, data in Lost("812-a-0", "connection_lost", 100, 50).events("connector-a")
+        if event == "gap_closed"
+    ]
+    assert [end.to_ns for end in ends if isinstance(end, GapClosed)] == [100]
 
 
 def test_a_lost_connection_is_lost_from_its_last_frame_on(tmp_path: Path) -> None:

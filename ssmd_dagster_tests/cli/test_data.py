@@ -79,10 +79,12 @@ def test_gaps_are_listed_over_days(shelf: Shelf, capsys: pytest.CaptureFixture[s
     assert [line.split() for line in captured.out.splitlines()[1:]] == [
         [DATE, "00:01:00.000", "00:01:30.500", "30.500", "ticker", "all", "missing", "connection_lost"],
         [DATE, "00:01:40.000", "00:03:20.000", "100.000", "orderbook_delta", "KX-A", "missing", "connection_lost"],
-        ["2025-12-15", "00:00:00.000", "00:00:00.000", "86,400.000", "all", "KX-A", "missing", "late_start"],
+        ["2025-12-15", "00:00:00.000", "2025-12-16T00:00:00.000", "86,400.000", "all", "KX-A", "missing", "late_start"],
     ]
     assert "2025-12-16 is not ended yet" in captured.err
     assert len(told(capsys, "data", "gaps", str(shelf.folder), "--to", DATE)["gaps"]) == 2
+    assert run(["data", "gaps", str(shelf.folder), "--from", "2026-01-01"]) == 0
+    assert capsys.readouterr().err == "No day is recorded in that range\n"
 
 
 def test_coverage_of_a_day(shelf: Shelf, capsys: pytest.CaptureFixture[str]) -> None:
@@ -94,6 +96,7 @@ def test_coverage_of_a_day(shelf: Shelf, capsys: pytest.CaptureFixture[str]) -> 
     )
     assert len(chosen.splitlines()) == 1
     assert run(["data", "coverage", str(shelf.folder), "2025-12-24"]) == 4
+    assert run(["data", "coverage", str(shelf.folder), DATE, "--channel", "trades"]) == 2
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "csv", "jsonl", "arrow"])
@@ -136,6 +139,8 @@ def test_an_export_with_gaps_says_so(shelf: Shelf, tmp_path: Path, capsys: pytes
     assert run(base) == 3
     assert "Warning: 1 gap in orderbook_delta" in capsys.readouterr().err
     assert run([*base, "--overwrite", "--on-gap", "ignore"]) == 0
+    assert run([*base, "--overwrite", "--tickers", "KX-NOPE"]) == 0
+    assert "Warning: KX-NOPE has no row in orderbook" in capsys.readouterr().err
 
 
 def test_an_export_that_cannot_be_written_leaves_nothing(shelf: Shelf, tmp_path: Path) -> None:

@@ -126,6 +126,18 @@ def test_late_rows_and_drift_are_shown_with_what_to_do(capsys: pytest.CaptureFix
     assert (plain["late"]["rows"], plain["drift"]["fingerprints"], plain["unknown"]) == (3, 12, 0)
 
 
+def test_a_gap_of_a_whole_day_says_where_it_ends_and_of_what(capsys: pytest.CaptureFixture[str]) -> None:
+    """Midnight to midnight is not nothing, and three channels that no replay brings back are three, not one thrice."""
+    day_ns = 86_400 * 10**9
+    gap = {"gap_id": "gap-replay-ticker", "cause": "not_captured", "from_ns": day_ns, "scope": {"channel": "ticker"}}
+    log = started()
+    log.add(EventName.GAP_OPENED, data=gap)
+    log.add(EventName.GAP_CLOSED, data={"gap_id": gap["gap_id"], "to_ns": 2 * day_ns, "outcome": "stays"})
+    day = log.day()
+    print_day("kalshi-sim", msgspec.structs.replace(view(), day=day))
+    assert "  - 00:00:00 - 1970-01-03T00:00:00 (not_captured, ticker)" in printed(capsys)
+
+
 def test_drift_of_a_running_day_is_shown_as_far_as_it_is_known(capsys: pytest.CaptureFixture[str]) -> None:
     """Messages of no known type so far, and the unknown keys of the newest ones."""
     day = started().day()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pty
@@ -129,6 +130,67 @@ def test_an_interruption_exits_with_130(failing: Any, capsys: pytest.CaptureFixt
     failing(KeyboardInterrupt())
     assert main.run(["fail"]) == ExitCode.INTERRUPTED
     assert capsys.readouterr().err.endswith("Error: interrupted\n")
+
+
+TALKING = """
+import asyncio, click
+from ssmd_dagster.cli import main
+
+@main.cli.command("talk")
+def talk():
+    asyncio.run(talking())
+
+async def talking():
+    try:
+        while True:
+            click.echo("ready " * 1000)
+            await asyncio.sleep(0.01)
+    finally:
+        click.echo("tidied up", err=True)
+
+main.main()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_to_be_told_to_end_is_to_be_interrupted(number: signal.Signals) -> None:
+    """A command that a supervisor ends, or whose terminal is closed, tidies up like one that gets Ctrl-C."""
+    command = [sys.executable, "-c", TALKING, "talk"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("ready")
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=READY_TIMEOUT_S)
+    assert (process.returncode, errors) == (ExitCode.INTERRUPTED, "tidied up\nError: interrupted\n")
+
+
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    """`ssmd … | head -1` prints its line and nothing about a broken pipe."""
+    command = [sys.executable, "-c", TALKING, "talk"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr is not None
+        assert process.stderr.read() == "tidied up\n"
+        assert process.wait(READY_TIMEOUT_S) == ExitCode.FAILURE
+
+
+def test_a_full_disk_is_named(
+    failing: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Output that cannot be written is no unexpected failure."""
+    failing(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    monkeypatch.setattr(main, "_can_print", lambda: False)
+    assert main.run(["fail"]) == ExitCode.FAILURE
+    assert capsys.readouterr().err == "Error: stdout cannot be written: No space left on device\n"
+
+
+def test_a_process_ends_without_finalising_the_interpreter() -> None:
+    """The threads of the object store's client abort a process that finalises; what was printed is there all the same."""
+    code = "import atexit, ssmd_dagster.leaving as l; atexit.register(print, 'late'); print('done', end=''); l.leave(4)"
+    result = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=30)
+    assert (result.returncode, result.stdout, result.stderr) == (4, "done", "")
 
 
 def test_an_unexpected_exception_is_one_line_and_a_file(

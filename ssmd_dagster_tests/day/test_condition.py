@@ -9,7 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ssmd_dagster.day.condition import MAX_GAPS_NAMED, NEVER_DEGRADE, RULES_VERSION, condition, with_late_rows
+from ssmd_dagster.day.condition import (
+    MAX_GAPS_NAMED,
+    NEVER_DEGRADE,
+    RULES_VERSION,
+    beyond_replay,
+    condition,
+    with_late_rows,
+)
 from ssmd_dagster.day.events import Gap
 from ssmd_dagster.day.ledger import Ledger, TradesLedger
 from ssmd_dagster.day.payloads import LateRows
@@ -126,3 +133,18 @@ def test_late_rows_change_a_verdict_and_leave_its_other_reasons() -> None:
     assert (none.value, none.reasons) == ("available", ())
     pending = with_late_rows("pending", ("not computed: books",), LateRows(rows=1))
     assert (pending.value, len(pending.reasons)) == ("pending", 2)
+
+
+def test_what_every_replay_lacks_is_told_from_what_only_this_one_lacks() -> None:
+    """The source and channels without a history say nothing new of a replayed day; anything else does."""
+    never = tuple(
+        Gap(gap_id=f"gap-replay-{channel}", cause="not_captured", from_ns=0, to_ns=9, outcome="stays")
+        for channel in ("ticker", "orderbook_delta")
+    )
+    value, reasons = judge(gaps=never, source="replay")
+    assert value == "degraded"
+    assert len(reasons) == 3
+    assert beyond_replay(reasons, never) == ()
+    _, reasons = judge(gaps=(*never, GAP), source="replay")
+    assert beyond_replay(reasons, (*never, GAP)) == ("gap g1 (connection_lost) stays",)
+    assert beyond_replay(("3 faults found by a later verification", "replayed source"), ()) != ()

@@ -59,6 +59,10 @@ def put(log: Log, day: date, state: DayState, *, data: dict[str, Any] | None = N
     for event in events:
         given = data or {} if event is events[-1] else {}
         log.add(event, date=day.isoformat(), at_ns=ns(day, clock), data=given)
+    if state is DayState.COMPLETE:
+        log.add(
+            _E.SEALED, date=day.isoformat(), at_ns=ns(day, clock), data={"revision": log.day(day.isoformat()).revision}
+        )
 
 
 def failed(log: Log, day: date, event: EventName, *, transient: bool, exit_code: int = 1) -> None:
@@ -92,7 +96,50 @@ def test_days_around_a_replayed_one_are_not_expected() -> None:
     log.add(_E.STARTED, date=DAY.isoformat(), at_ns=ns(DAY))
     log.add(_E.END_REQUESTED, date=DAY.isoformat(), at_ns=ns(DAY))
     log.add(_E.COMPLETED, date=DAY.isoformat(), at_ns=ns(DAY))
+    log.add(_E.SEALED, date=DAY.isoformat(), at_ns=ns(DAY))
     assert decided(log, ns(DAY + timedelta(days=9))) == Plan()
+
+
+def test_a_day_that_was_cut_off_before_its_seal_is_ended_again() -> None:
+    """The store was away, or the machine: COMPLETE without a manifest is not done, in a later revision neither."""
+    log = Log()
+    put(log, DAY, DayState.ENDING)
+    log.add(_E.COMPLETED, date=DAY.isoformat(), at_ns=ns(DAY))
+    assert decided(log, ns(DAY) + (STALE_S - 1) * 1_000_000_000) == Plan()
+    assert decided(log, ns(DAY, "12:02"), held=[DAY]) == Plan()
+    assert asked(decided(log, ns(DAY, "12:02"))) == [("end", DAY.isoformat())]
+    log.add(_E.SEALED, date=DAY.isoformat(), at_ns=ns(DAY))
+    assert decided(log, ns(DAY, "12:02")) == Plan()
+    log.add(_E.START_REQUESTED, date=DAY.isoformat(), at_ns=ns(DAY), data={"mode": "replay", "revision": 2})
+    for event in (_E.STARTED, _E.END_REQUESTED, _E.COMPLETED):
+        log.add(event, date=DAY.isoformat(), at_ns=ns(DAY))
+    assert asked(decided(log, ns(DAY, "12:02"))) == [("replay", DAY.isoformat())]
+
+
+def test_a_forced_day_waits_for_no_seal() -> None:
+    """Its verification, whenever somebody asks for it, seals it."""
+    log = Log()
+    put(log, DAY, DayState.ENDING)
+    log.add(_E.COMPLETED, date=DAY.isoformat(), at_ns=ns(DAY), data={"forced_by": "cli:test@host"})
+    assert decided(log, ns(DAY, "12:02")) == Plan()
+
+
+def test_a_day_that_recorded_and_failed_is_recovered_and_not_started() -> None:
+    """The run of a start stands in line behind a roll that proves the day before for hours; a recovery does not."""
+    log = Log()
+    put(log, DAY, DayState.ERROR)
+    log.add(_E.GAVE_UP, date=DAY.isoformat(), at_ns=ns(DAY), data={"transient": True})
+    assert asked(decided(log, ns(DAY))) == [("recover", DAY.isoformat())]
+
+
+@pytest.mark.parametrize("state", [DayState.STARTING, DayState.ACTIVE, DayState.ENDING])
+def test_a_replay_at_work_is_not_late(state: DayState) -> None:
+    """It starts and ends long after its day: nothing is asked for and nobody is told."""
+    log = Log()
+    for event in TO_STATE[state]:
+        data = {"mode": "replay"} if event is _E.START_REQUESTED else {}
+        log.add(event, date=DAY.isoformat(), at_ns=ns(DAY + timedelta(days=9), "11:59"), data=data)
+    assert decided(log, ns(DAY + timedelta(days=9), "12:00"), held=[DAY]) == Plan()
 
 
 def test_a_running_day_is_left_alone() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -98,6 +99,22 @@ def test_every_failure_is_told_with_the_command_to_run() -> None:
     assert alert.text == f"[DEGRADED] {ENV} {DATE}: degraded: late rows | run: ssmd day show {ENV} {DATE}"
 
 
+def test_a_month_of_replays_sends_no_alerts_but_for_what_a_replay_need_not_lack() -> None:
+    """That a day was replayed is no news; that it was, and holds trades that nobody lists, is."""
+    gap = {"gap_id": "gap-replay-ticker", "cause": "not_captured", "from_ns": 0, "scope": {"channel": "ticker"}}
+    usual = ["gap gap-replay-ticker (not_captured) stays", "replayed source"]
+    for reasons, sent in ((usual, False), ([*usual, "3 trades that the exchange does not list"], True), ([], True)):
+        log = Log()
+        log.add(EventName.DEFINED)
+        log.add(EventName.START_REQUESTED, data={"mode": "replay"})
+        log.add(EventName.STARTED)
+        log.add(EventName.GAP_OPENED, data=gap)
+        log.add(EventName.GAP_CLOSED, data={"gap_id": gap["gap_id"], "outcome": "stays"})
+        log.add(EventName.END_REQUESTED)
+        log.add(EventName.COMPLETED, data={"condition": "degraded", "condition_reasons": reasons})
+        assert (told(log) is not None) is sent
+
+
 @pytest.mark.usefixtures("slack")
 def test_slack_is_given_what_the_log_is_given(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -124,3 +141,22 @@ def test_slack_is_given_what_the_log_is_given(
     with caplog.at_level(logging.WARNING):
         send([alert], targets)
     assert "a message did not reach Slack's #markets" in caplog.text
+    caplog.clear()
+    send([alert], targets)
+    assert "did not reach" not in caplog.text, "every message that waits for a Slack that is away holds the sensor up"
+
+
+def test_an_environment_without_the_extra_is_no_trouble_to_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Slack is configured and `dagster-slack` is not installed: the code location loads, and says what to install."""
+    folder = copied(tmp_path)
+    keys = {"slack": {"source": "env", "fields": {"token": "TEST_SLACK_TOKEN"}}}
+    changed(
+        folder / "environments/kalshi-sim.yaml",
+        {"alerts": {"slack": {"channel": "#markets"}}, "keys.slack": keys["slack"]},
+    )
+    monkeypatch.setitem(sys.modules, "dagster_slack", None)
+    monkeypatch.delitem(sys.modules, "ssmd_dagster.defs.slack", raising=False)
+    assert len(targets_of(load_registry(folder).get("kalshi-sim"))) == 1
+    assert "pip install 'ssmd-dagster[slack]'" in caplog.text

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from ssmd_dagster.day.calendar import TradingCalendar, Window
 from ssmd_dagster.day.events import EMPTY_BOOK
 from ssmd_dagster.defs.build import build_definitions
-from ssmd_dagster.defs.schedules import _Seen, before, closed_at, rolled_at, started_at
+from ssmd_dagster.defs.held import Seen
+from ssmd_dagster.defs.schedules import before, closed_at, rolled_at, started_at
 from ssmd_dagster.defs.watch import Found, Watch
 from ssmd_dagster.environments.loader import load_registry
 from ssmd_dagster.errors import UnreachableError
@@ -64,7 +65,8 @@ class Maintained(Away):
     ) -> Mapping[str, Found[Any]]:
         """Find an empty journal and a window."""
         window = Window(NOON_NS - 3_600_000_000_000, NOON_NS)
-        return {name: Found(_Seen(book=EMPTY_BOOK, moved=False, maintenance=window), None) for name in names}
+        seen = Seen(now_ns=NOON_NS - 1, moved=False, book=EMPTY_BOOK, maintenance=window)
+        return {name: Found(seen, None) for name in names}
 
 
 def schedule_of(

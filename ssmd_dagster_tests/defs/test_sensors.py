@@ -8,6 +8,7 @@ import logging
 from collections.abc import Iterator
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import dagster as dg
@@ -18,11 +19,14 @@ from ssmd_dagster.capture.setting import load_setting
 from ssmd_dagster.capture.supervisord import connect_supervisor
 from ssmd_dagster.day import health
 from ssmd_dagster.day.payloads import Failed, StartRequested
+from ssmd_dagster.day.reconcile import Ask
 from ssmd_dagster.day.states import EventName
+from ssmd_dagster.defs import sensors
 from ssmd_dagster.defs.build import build_definitions
 from ssmd_dagster.defs.watch import Watch
 from ssmd_dagster.environments.loader import load_registry
 from ssmd_dagster.workflows.desk import Desk, open_desk
+from ssmd_dagster.workflows.reconcile import CANCELLED, FAILED, run_ended
 from ssmd_dagster_tests.environments.folders import changed
 from ssmd_dagster_tests.house import House, until
 from ssmd_dagster_tests.workflows.replaying import sim
@@ -140,6 +144,8 @@ def test_what_the_command_line_does_is_in_the_catalog(
     assert ledger["trade"]["archived"] == ledger["trade"]["received"] > 0
     checks = {event.check_name: event for event in ended if isinstance(event, dg.AssetCheckEvaluation)}
     assert checks.keys() >= {"ledger_balance", "on_time", "book_proofs"}
+    assert checks["drift"].passed, checks["drift"].description
+    assert len([event for event in ended if isinstance(event, dg.AssetCheckEvaluation)]) == len(checks), "each once"
     assert str(checks["on_time"].description).startswith(day)
 
     # A code server that is loaded anew goes on where the cursor is; without one it reads the journal from its beginning.
@@ -226,6 +232,63 @@ def test_days_that_nobody_started_are_journaled_and_told(
     caplog.clear()
     looking_idly.tick("reconcile")
     assert not [record for record in caplog.records if record.name == MARKER], "told once"
+
+
+def test_an_end_that_was_killed_is_told_to_its_day_although_another_run_started_it(
+    looking_idly: Dagster, in_house: House, idle: str
+) -> None:
+    """An end goes on in the epoch of the start; the day is still the one that this run was ending."""
+    day = in_house.today()
+
+    async def ending() -> list[str]:
+        for actor, events in (
+            ("dagster:start", (EventName.DEFINED, EventName.START_REQUESTED, EventName.STARTED)),
+            ("dagster:end", (EventName.END_REQUESTED,)),
+        ):
+            async with open_desk(load_setting(idle), actor) as desk:
+                await desk.stores.journal.create()
+                for event in events:
+                    data = StartRequested(mode="live") if event is EventName.START_REQUESTED else None
+                    await desk.book.append(day, event, epoch=None if data else await _epoch(desk, day), data=data)
+        async with open_desk(load_setting(idle), "sensor:runs") as desk:
+            assert await run_ended(desk, "dagster:start", FAILED) == []
+            return await run_ended(desk, "dagster:end", CANCELLED)
+
+    assert asyncio.run(ending()) == [f"{day}: the run end was cancelled without a word"]
+    assert in_house.day(idle, day)["state"] == "FAILED"
+
+
+async def _epoch(desk: Desk, date: str) -> int | None:
+    day = await desk.book.day(date)
+    return None if day is None else day.epoch
+
+
+def test_a_day_whose_runs_are_many_is_asked_for_under_a_new_key(
+    instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dagster passes over a key that it has seen, for ever: it may not stop counting where the look stops."""
+
+    @dg.op
+    def nothing() -> None:
+        """Do nothing."""
+
+    @dg.job
+    def quiet_recover_day() -> None:
+        """Stand for a recovery."""
+        nothing()
+
+    monkeypatch.setattr(sensors, "MOST_RUNS", 2)
+    monkeypatch.setattr(sensors, "time", SimpleNamespace(time=lambda: 9e9))
+    environment: Any = SimpleNamespace(name="quiet", slug="quiet")
+    ask = Ask(verb="recover", date="2026-01-01", why="it is in ERROR")
+    for number in range(3):
+        run = instance.create_run_for_job(quiet_recover_day, tags={"dagster/partition": "2026-01-01"})
+        said: list[str] = []
+        assert sensors._requested(instance, environment, ask, said) == []
+        assert said == ["quiet 2026-01-01 needs recover (it is in ERROR): a run of it is queued or running"]
+        instance.report_run_failed(run)
+        (request,) = sensors._requested(instance, environment, ask, said)
+        assert request.run_key == f"quiet:2026-01-01:recover:{number + 2}"
 
 
 def test_a_run_that_was_killed_is_told_to_its_day(looking_idly: Dagster, in_house: House, idle: str) -> None:

@@ -238,14 +238,15 @@ def test_a_schema_does_not_leave_its_folder(tmp_path: Path, name: str) -> None:
     assert "in exchanges/schemas" in expected
 
 
-@pytest.mark.parametrize("other", [{}, {"storage.path": "elsewhere"}])
+@pytest.mark.parametrize("other", [{}, {"storage.path": "./objects/"}, {"storage.path": "elsewhere"}])
 def test_environments_do_not_share_keys_of_the_store(tmp_path: Path, other: dict[str, Any]) -> None:
-    """Equal buckets are a fault in the same folder, and fine in another."""
+    """Equal buckets are a fault in the same folder, however it is written, and fine in another."""
     folder = copied(tmp_path)
     same = {"storage.buckets": {"raw": "ssmd-raw-sim", "normalized": "ssmd-normalized-sim"}}
     changed(folder / "environments/kalshi-demo.yaml", same | other)
     found = [(file, key) for file, key, _, _ in faults_of(folder)]
-    assert found == ([] if other else [(SIM, "storage.buckets.raw"), (SIM, "storage.buckets.normalized")])
+    apart = other.get("storage.path") == "elsewhere"
+    assert found == ([] if apart else [(SIM, "storage.buckets.raw"), (SIM, "storage.buckets.normalized")])
 
 
 def test_equal_buckets_of_s3_are_told_apart_by_their_prefix(tmp_path: Path) -> None:

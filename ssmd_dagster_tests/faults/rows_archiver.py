@@ -13,6 +13,7 @@ import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+from ssmd_dagster.archive.batch import Batch, scan
 from ssmd_dagster.capture.control import control_subject, request
 from ssmd_dagster.errors import UnreachableError
 from ssmd_dagster.stores.connect import Stores
@@ -275,7 +276,7 @@ def _spoil(stage: Stage, folder: Path, kind: str) -> list[Path]:
 @scenario(
     "A6",
     "stored segments: a bit flipped, one deleted, cut, two swapped",
-    "`day verify` names the object; with the bytes back it passes",
+    "`day verify` names the object and builds it again; without a copy a gap is declared; with the bytes back it passes",
     quick=True,
 )
 def store_spoilt(stage: Stage) -> None:
@@ -291,9 +292,49 @@ def store_spoilt(stage: Stage) -> None:
         victims = _spoil(stage, folder, kind)
         done = stage.house.ssmd("day", "verify", ENV, stage.date, check=6)
         assert any(path.name in done.stderr + done.stdout for path in victims), (kind, victims, done.stderr)
-        for path, data in kept.items():
-            path.write_bytes(data)
+        for path in victims:
+            rebuilt = stage.house.home / "rebuilt" / ENV / f"{stage.date}-{path.name}"
+            assert rebuilt.read_bytes() == kept[path], (kind, path)
+            path.write_bytes(rebuilt.read_bytes())
+    assert stage.shown()["gaps"] == []
     stage.house.ssmd("day", "verify", ENV, stage.date, check=0)
+    _spoilt_without_a_copy(stage, folder)
+
+
+def _spoilt_without_a_copy(stage: Stage, folder: Path) -> None:
+    """What neither spool nor stream has any more is a gap with its time and numbers, until the object is back."""
+
+    async def purge(stores: Stores) -> None:
+        await stores.raw_stream.purge(stage.date)
+
+    stage.with_stores(purge)
+    spool = stage.spool_folder()
+    spool.rename(spool.with_suffix(".away"))
+    victim = stage.random.choice(sorted(folder.glob("orderbook-*.jsonl.zst")))
+    data = victim.read_bytes()
+    batch = stage.random.choice([item for item in scan(data) if isinstance(item, Batch)])
+    spoilt = bytearray(data)
+    spoilt[(batch.start + batch.data_end) // 2] ^= 0x10
+    victim.chmod(0o600)
+    victim.write_bytes(spoilt)
+    done = stage.house.ssmd("day", "verify", ENV, stage.date, check=6)
+    (gap,) = stage.shown()["gaps"]
+    assert (gap["cause"], gap["outcome"]) == ("archive_damaged", "stays")
+    assert (gap["from_ns"], gap["to_ns"]) == (batch.header.recv_first_ns, batch.header.recv_last_ns)
+    assert gap["scope"] == {
+        "conn": batch.header.conn,
+        "channel": "orderbook_delta",
+        "batches": list(batch.header.span),
+        "seq": {sid: [low, high] for sid, (low, high, _) in batch.header.seq.items()},
+    }
+    assert "lost (archive_damaged)" in done.stdout
+    assert "(archive_damaged)" in stage.house.ssmd("day", "show", ENV, stage.date).stdout
+    stage.house.ssmd("day", "verify", ENV, stage.date, check=6)
+    victim.write_bytes(data)
+    stage.house.ssmd("day", "verify", ENV, stage.date, check=0)
+    (gap,) = stage.shown()["gaps"]
+    assert gap["outcome"] == "healed"
+    spool.with_suffix(".away").rename(spool)
 
 
 @scenario(

@@ -265,14 +265,17 @@ async def test_an_answer_that_is_no_answer_is_named(body: str) -> None:
             await exchange.status()
 
 
-async def test_the_status_in_maintenance_is_an_answer() -> None:
-    """Kalshi sends it with 503; the resume time is the exchange's own estimate."""
-    body = {"exchange_active": False, "trading_active": False, "exchange_estimated_resume_time": "2026-09-24T09:00:00Z"}
+@pytest.mark.parametrize(
+    ("resume", "resume_ns"), [("2026-09-24T09:00:00Z", 1_790_240_400_000_000_000), (None, None), ("soon", None)]
+)
+async def test_the_status_in_maintenance_is_an_answer(resume: str | None, resume_ns: int | None) -> None:
+    """Kalshi sends it with 503; the resume time is the exchange's own estimate, and what it says there is no error."""
+    body = {"exchange_active": False, "trading_active": False, "exchange_estimated_resume_time": resume}
     async with rest_server() as server, opened(settings(rest_endpoint=server.endpoint)) as exchange:
         server.routes["/exchange/status"] = in_turn((503, body))
         status = await exchange.status()
         assert (status.exchange_active, status.trading_active) == (False, False)
-        assert status.resume_ns == 1_790_240_400_000_000_000
+        assert status.resume_ns == resume_ns
 
 
 async def test_a_refusal_keeps_the_exchanges_code_and_words() -> None:

@@ -203,6 +203,17 @@ async def test_past_markets_come_as_their_rows(tmp_path: Path) -> None:
         pages = [page async for page in kalshi.market_pages(tickers=[*traded, "KXNOSUCH-1"])]
         assert set().union(*(page.tickers for page in pages)) == set(traded)
         assert {page.endpoint for page in pages} == {"/markets", "/historical/markets"}
+        events = frozenset[str]().union(*(page.events for page in pages))
+        before = (await exchange.get("/sim/status"))["rest_requests"]
+        places = await kalshi.places([*events, "KXNOSUCH"])
+        assert places.keys() == events
+        assert any(event.startswith("KXMVE") for event in events)
+        assert all(place.category and event.startswith(place.series_ticker) for event, place in places.items())
+        assert await kalshi.places(events) == places
+        # Three answers with up to a hundred events each, of both lists, and one for each series.
+        series = {place.series_ticker for place in places.values()}
+        most = 2 * (len(events) // 100 + 1) + len(series)
+        assert (await exchange.get("/sim/status"))["rest_requests"] - before <= most
         window = (OLD_S * 10**9, (OLD_S + DAY_S) * 10**9)
         quarters = [page async for page in kalshi.market_pages(series="KXBTC15M", around=window)]
         names = set().union(*(page.tickers for page in quarters))

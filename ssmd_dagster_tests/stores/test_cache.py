@@ -238,13 +238,15 @@ async def test_of_racing_owners_one_gets_the_lease(cache: DayCache) -> None:
 async def test_heartbeats_are_listed_by_day_and_expire(
     redis_client: redis.asyncio.Redis, cache: DayCache, env_name: str
 ) -> None:
-    """Each component has its own, with a TTL of 15 s."""
+    """Each component has its own, with a TTL of 15 s; what one that ended for good said last can be read for a day."""
     await cache.put_heartbeat(DATE, "connector-a", {"epoch": 7, "connected": True})
     await cache.put_heartbeat(DATE, "archiver", {"epoch": 7})
     await cache.put_heartbeat("2025-12-15", "archiver", {"epoch": 8})
     assert await cache.heartbeats(DATE) == {"archiver": {"epoch": 7}, "connector-a": {"epoch": 7, "connected": True}}
     assert await cache.heartbeat(DATE, "archiver") == {"epoch": 7}
     assert 10 < await redis_client.ttl(f"{env_name}:capture:{DATE}:archiver") <= 15
+    await cache.put_heartbeat(DATE, "connector-a", {"epoch": 7, "error": "refused", "exit_code": 8})
+    assert await redis_client.ttl(f"{env_name}:capture:{DATE}:connector-a") > 86_000
     await cache.remove_heartbeat(DATE, "archiver")
     assert await cache.heartbeat(DATE, "archiver") is None
     assert await cache.heartbeats("2025-12-16") == {}

@@ -13,6 +13,7 @@ import pytest
 
 from ssmd_dagster.environments.models import Environment
 from ssmd_dagster.errors import ConfigurationError, UnreachableError
+from ssmd_dagster.stores import connect as connect_module
 from ssmd_dagster.stores.connect import SimulatorAddress, Stack, connect, connect_nats, connect_redis, read_stack
 from ssmd_dagster.stores.objects import LocalObjectStore, S3ObjectStore
 from ssmd_dagster_tests import servers
@@ -199,3 +200,54 @@ async def test_a_client_connects_again_and_again(tmp_path: Path, caplog: pytest.
                     await nc.publish("echo", b"%d" % round_number)
                     assert await heard.get() == b"%d" % round_number
     assert [record for record in caplog.records if record.levelno > logging.INFO] == []
+
+
+async def test_a_connection_that_takes_nothing_more_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A path that swallows everything, with megabytes yet to be written, costs neither the next connection nor the end."""
+    monkeypatch.setattr(connect_module, "_PING_INTERVAL_S", 0.05)
+    over = asyncio.Event()
+
+    async def greet_and_fall_silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b'INFO {"server_id":"x","max_payload":8388608,"headers":true}\r\n')
+        await reader.readuntil(b"PING\r\n")
+        writer.write(b"PONG\r\n")
+        writer.transport.pause_reading()  # type: ignore[attr-defined]  # it reads, but its type does not say so
+        await over.wait()
+        writer.transport.abort()
+
+    server = await asyncio.start_server(greet_and_fall_silent, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    async with server, asyncio.timeout(10):
+        async with connect_nats(f"nats://127.0.0.1:{port}", None, None, name="test") as nc:
+            for round_number in range(2):
+                while nc.stats["reconnects"] < round_number or not nc.is_connected:
+                    await asyncio.sleep(0.01)
+                for _ in range(4):
+                    await nc.publish("x", bytes(8_000_000))
+        over.set()
+
+
+async def test_a_server_that_says_why_it_ends_a_connection_is_connected_to_again() -> None:
+    """Whatever it says: an account's limit, credentials that have expired, a restart."""
+    greeted = 0
+
+    async def greet_and_refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal greeted
+        greeted += 1
+        writer.write(b'INFO {"server_id":"x","max_payload":1048576,"headers":true}\r\n')
+        await reader.readuntil(b"PING\r\n")
+        writer.write(b"PONG\r\n")
+        if greeted == 1:
+            writer.write(b"-ERR 'User Authentication Expired'\r\n")
+        else:
+            await reader.readuntil(b"PING\r\n")
+            writer.write(b"PONG\r\n")
+            await reader.read()
+        writer.close()
+
+    server = await asyncio.start_server(greet_and_refuse, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    async with server, asyncio.timeout(10), connect_nats(f"nats://127.0.0.1:{port}", None, None, name="test") as nc:
+        while not nc.stats["reconnects"] or not nc.is_connected:
+            await asyncio.sleep(0.01)
+    assert greeted == 2

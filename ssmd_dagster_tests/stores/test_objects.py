@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from ssmd_dagster.errors import ConfigurationError, NotFoundError, SsmdError, UnreachableError
+from ssmd_dagster.stores import objects
 from ssmd_dagster.stores.objects import (
     LocalObjectStore,
     ObjectExistsError,
@@ -239,3 +240,24 @@ async def test_a_writer_killed_at_any_point_leaves_all_or_nothing(tmp_path: Path
         await store.create("a/b/c", b"whole" * 100_000)
     assert await store.get("a/b/c") == b"whole" * 100_000
     assert list((tmp_path / ".incoming").iterdir()) == []
+
+
+async def test_a_large_object_may_take_as_long_as_its_size_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is too slow for a small one is none too slow for a day's table on a thin line."""
+    monkeypatch.setattr(objects, "_REQUEST_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(objects, "_LARGE_BYTES", 1_000)
+    monkeypatch.setattr(objects, "_SLOWEST_BYTES_PER_S", 1_000)
+
+    async def answer_late(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        await asyncio.sleep(0.5)
+        writer.write(b'HTTP/1.1 200 OK\r\nETag: "1"\r\nContent-Length: 0\r\n\r\n')
+        writer.close()
+
+    server = await asyncio.start_server(answer_late, "127.0.0.1", 0)
+    async with server:
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        store = S3ObjectStore("bucket", region="x", endpoint=url, access_key_id="a", secret_access_key="b")
+        with pytest.raises(UnreachableError):
+            await store.create("small", bytes(1_000))
+        await store.create("large", bytes(10_000))

@@ -102,6 +102,23 @@ async def test_tables_are_stored_once_and_a_rerun_says_so(tmp_path: Path) -> Non
     assert list((tmp_path / "normalize").iterdir()) == []
 
 
+async def test_other_bytes_with_the_same_rows_open_no_revision(tmp_path: Path) -> None:
+    """What a day's rows are decides: an end that is made again knows a connection more, a new version says more of a column."""
+    bench = Bench(tmp_path)
+    await bench.store(0, trades(0, 40))
+    first = await bench.normalise()
+    path = bench.table("trade")
+    rows = pq.read_table(path)
+    path.unlink()
+    pq.write_table(rows.replace_schema_metadata(None), path, compression="gzip")
+    again = await bench.normalise()
+    assert (again.revision, again.already, again.differences) == (1, True, {})
+    assert [entry.key for entry in again.tables] == [entry.key for entry in first.tables]
+    path.unlink()
+    pq.write_table(rows.slice(1), path)
+    assert (await bench.normalise()).revision == 2
+
+
 async def test_other_tables_open_the_next_revision(tmp_path: Path) -> None:
     """More raw records give a second revision of the tables that differ, with a summary; the first is as it was."""
     bench = Bench(tmp_path)

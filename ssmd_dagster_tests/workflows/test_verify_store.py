@@ -14,7 +14,7 @@ import pytest
 
 from ssmd_dagster.archive.batch import Batch, encode_footer, read_last, scan
 from ssmd_dagster.archive.batch import Footer as FooterFound
-from ssmd_dagster.errors import NotFoundError
+from ssmd_dagster.errors import NotFoundError, UnexplainedDifferenceError
 from ssmd_dagster.workflows.verify_sealed import Verification, verify_store
 from ssmd_dagster_tests.capture.recordings import DATE
 from ssmd_dagster_tests.workflows.stored_days import StoredDay, a_day, book_frame, book_frames, trade_frames
@@ -130,6 +130,8 @@ FAULTS: dict[str, tuple[Callable[[StoredDay], object], str]] = {
     "ordinals": (lambda day: day.path(TRADES_1).unlink(), "ordinals are missing"),
     "wire": (lambda day: day.path(TRADES).unlink(), "of sid 1 the numbers 1-15 are missing and no gap says so"),
     "counts": (lambda day: day.path(TRADES_1).unlink(), "trade: published - archived: +5"),
+    "lost batches": (spoil_byte, "812-a-0: batches 0-2 of trade, 2025-12-14T"),
+    "lost segment": (lambda day: day.path(TRADES_1).unlink(), "every batch of trade from 3 on, 2025-12-14T"),
     "connections": (lambda day: day.path(TRADES_1).unlink(), "812-a-0: 35 records, not those that were sealed"),
     "manifest": (change_manifest, "manifest.json: its root hash is not that of its segments"),
     "manifest's form": (
@@ -190,6 +192,10 @@ async def test_an_empty_store_is_no_verified_day(day: StoredDay) -> None:
         day.path(key).unlink()
     found = await verified(day)
     assert "there was nothing to check: no records" in found.faults
+    day.path(day.key).write_bytes(day.manifest.encode()[:-9])
+    with pytest.raises(UnexplainedDifferenceError, match=r"manifest\.json: not a manifest") as unreadable:
+        await verified(day)
+    assert unreadable.value.exit_code == 6
     day.path(day.key).unlink()
     with pytest.raises(NotFoundError, match="no manifest"):
         await verified(day)
