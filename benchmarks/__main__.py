@@ -8,7 +8,7 @@ from benchmarks import capture, dagster, normalize, reader, replay, simulator, v
 
 
 def main() -> None:
-    """Run what the command line names (default: all)."""
+    """Run what the command line names (default: all); a number behind it is passed on, as in `normalize 10000000`."""
     known = {
         "simulator": simulator.main,
         "capture": capture.main,
@@ -18,8 +18,11 @@ def main() -> None:
         "replay": replay.main,
         "verify": verify.main,
     }
-    wanted = sys.argv[1:] or list(known)
-    sys.argv[1:] = []
+    numbers = [word for word in sys.argv[1:] if word.isdigit()]
+    wanted = [word for word in sys.argv[1:] if word not in numbers] or list(known)
+    if unknown := [name for name in wanted if name not in known]:
+        sys.exit(f"no such benchmark: {', '.join(unknown)}; one of {', '.join(known)}")
+    sys.argv[1:] = numbers
     for name in wanted:
         print(f"\n## {name}\n", flush=True)
         known[name]()

@@ -190,7 +190,8 @@ class Archiver:
                 raise SsmdError(
                     f"the segments of `{name}` have a hole: number {channel.next_number} is missing",
                     where=self._stores.raw.url(key),
-                    do="Restore that object, or run `ssmd day verify`; nothing is archived until then.",
+                    do="Put that object back, or move the later ones of its channel away too, and all are made again from the "
+                    "stream; nothing is archived until then.",
                 )
             footer = await read_footer(self._stores.raw, key)
             channel.next_number, channel.last_key = number + 1, key

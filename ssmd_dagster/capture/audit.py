@@ -13,8 +13,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
+from bisect import bisect_left, bisect_right
 from collections import deque
+from collections.abc import Mapping, Sequence
 from datetime import date as Date  # noqa: N812 - `date` is the contract's word for the written form
+from itertools import accumulate
 from pathlib import Path
 
 from ssmd_dagster.archive.batch import BatchHeader
@@ -26,7 +29,7 @@ from ssmd_dagster.archive.intervals import (
     intervals_in,
     ordinals_of,
 )
-from ssmd_dagster.archive.numbering import Numberings
+from ssmd_dagster.archive.numbering import Numberings, Run
 from ssmd_dagster.archive.records import note_line, parse_record
 from ssmd_dagster.capture.gaps import GapEvent, gaps_between, life_of, noted_gaps, tell
 from ssmd_dagster.capture.healing import healed
@@ -198,10 +201,11 @@ def undeclared_holes(directory: Path, conn: str) -> list[GapEvent]:
     for batch, encoded in read_spool(path):
         if batch.header.seq:
             numbers.feed(batch.header, spooled_records(encoded, batch))
+    counts = [count for count in numbers.counts() if count.holes]
+    times = _times_around(path, {str(count.sid): count.holes for count in counts})
     events: list[GapEvent] = []
-    for count in numbers.counts():
-        for first, last in count.holes:
-            from_ns, to_ns = _time_around(path, str(count.sid), first, last)
+    for count in counts:
+        for (first, _last), (from_ns, to_ns) in zip(count.holes, times[str(count.sid)], strict=True):
             gap_id = gap_id_of(conn, count.sid, first)
             scope = {"conn": conn, "sid": count.sid, "component": f"connector-{shard_of(conn)}"}
             gap = GapOpened(gap_id=gap_id, cause="sequence_jump", from_ns=from_ns, scope=scope)
@@ -210,16 +214,29 @@ def undeclared_holes(directory: Path, conn: str) -> list[GapEvent]:
     return events
 
 
-def _time_around(path: Path, sid: str, first: int, last: int) -> tuple[int, int]:
-    """Return an interval that holds the frames on both sides of a hole."""
-    from_ns, to_ns = 0, 2**63 - 1
+def _times_around(path: Path, holes: Mapping[str, Sequence[Run]]) -> dict[str, list[tuple[int, int]]]:
+    """Return for each hole of each sid, in order, an interval that holds the frames on both sides of it. One pass."""
+    firsts = {sid: [first for first, _ in runs] for sid, runs in holes.items()}
+    lasts = {sid: [last for _, last in runs] for sid, runs in holes.items()}
+    # A batch is before every hole from some place on, and behind every hole up to some place.
+    before = {sid: [0] * (len(runs) + 1) for sid, runs in holes.items()}
+    behind = {sid: [2**63 - 1] * (len(runs) + 1) for sid, runs in holes.items()}
     for batch, _encoded in read_spool(path):
-        low, high, _ = batch.header.seq.get(sid, (first, last, 0))
-        if low < first:
-            from_ns = max(from_ns, batch.header.recv_first_ns)
-        if high > last:
-            to_ns = min(to_ns, batch.header.recv_last_ns)
-    return min(from_ns, to_ns), to_ns
+        for sid in holes.keys() & batch.header.seq.keys():
+            low, high, _ = batch.header.seq[sid]
+            place = bisect_right(firsts[sid], low)
+            before[sid][place] = max(before[sid][place], batch.header.recv_first_ns)
+            place = bisect_left(lasts[sid], high)
+            behind[sid][place] = min(behind[sid][place], batch.header.recv_last_ns)
+    return {
+        sid: [
+            (min(from_ns, to_ns), to_ns)
+            for from_ns, to_ns in zip(
+                accumulate(before[sid][:-1], max), list(accumulate(reversed(behind[sid][1:]), min))[::-1], strict=True
+            )
+        ]
+        for sid in holes
+    }
 
 
 async def declare_gaps(directory: Path, book: DayBook, date: str, close_ns: int = 0) -> int:

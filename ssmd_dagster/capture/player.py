@@ -29,7 +29,7 @@ from ssmd_dagster.capture.programs import PLAYER as COMPONENT
 from ssmd_dagster.capture.programs import played
 from ssmd_dagster.capture.setting import Setting, load_setting
 from ssmd_dagster.errors import ExitCode, NotFoundError
-from ssmd_dagster.exchange import SESSION
+from ssmd_dagster.exchange import REST, SESSION
 from ssmd_dagster.stores.connect import Stores
 
 NO_CLIENT_AFTER_S = 600.0
@@ -138,7 +138,8 @@ class Player(Gateway):
         found: list[Placed] = []
         for info in await raw.list(day_prefix(feed, self._date)):
             parsed = parse_segment_key(info.key)
-            if parsed is None or parsed[0] == SESSION:
+            # Pages of REST were fetched after the day, hours or months, and no client ever heard of them.
+            if parsed is None or parsed[0] in (SESSION, REST):
                 continue
             data = await raw.get(info.key)
             found += [

@@ -72,7 +72,9 @@ def backfill_command(
             f"{len(results) - len(replayed) - len(failed)} were complete, {len(failed)} failed"
         )
     if failed:
-        message(f"Failed: {', '.join(result.date for result in failed)}. Run the same command again.")
+        message(
+            f"Failed: {', '.join(result.date for result in failed)}. Run the same command again once the cause is gone."
+        )
         return int(ExitCode.FAILURE)
     return int(ExitCode.OK)
 

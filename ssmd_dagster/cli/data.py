@@ -18,8 +18,15 @@ import numpy as np
 
 from ssmd_dagster.archive.books import MICROS, Book, Level, book_at
 from ssmd_dagster.archive.export import export
-from ssmd_dagster.archive.reader import GapWarning, Selection, coverage_of, select, warn_of_absent_tickers
-from ssmd_dagster.archive.recorded import Recorded, find
+from ssmd_dagster.archive.reader import (
+    FutureVersionError,
+    GapWarning,
+    Selection,
+    coverage_of,
+    select,
+    warn_of_absent_tickers,
+)
+from ssmd_dagster.archive.recorded import BrokenFileError, Recorded, TableFile, find
 from ssmd_dagster.archive.tables import SCHEMAS
 from ssmd_dagster.cli.desk import env_argument, json_option
 from ssmd_dagster.cli.output import message, print_json, thousands
@@ -67,7 +74,7 @@ def inventory_command(env: str, first: str | None, last: str | None, as_json: bo
                 else sealed.condition,
                 "tables": {
                     table: {
-                        "rows": Selection(recorded, table, (file,)).row_count(),
+                        "rows": _rows(recorded, file),
                         "bytes": file.size,
                         "revision": file.revision,
                         "path": file.path,
@@ -83,7 +90,7 @@ def inventory_command(env: str, first: str | None, last: str | None, as_json: bo
     lines = [["DATE", "REV", "CONDITION", *(name.upper() for name in names), "MB"]]
     for day in days:
         tables: Mapping[str, Any] = day["tables"]  # type: ignore[assignment] # one mapping holds several types
-        rows = [thousands(tables[name]["rows"]) if name in tables else "-" for name in names]
+        rows = [_shown(tables[name]["rows"]) if name in tables else "-" for name in names]
         megabytes = f"{sum(table['bytes'] for table in tables.values()) / 1e6:,.1f}"
         revision = "-" if day["revision"] is None else f"r{day['revision']}"
         lines.append([str(day["date"]), revision, str(day["condition"]), *rows, megabytes])
@@ -215,6 +222,19 @@ def book_command(
     else:
         _print_book(book)
     return int(ExitCode.OK if book.known else ExitCode.DEGRADED)
+
+
+def _rows(recorded: Recorded, file: TableFile) -> int | None:
+    """Return how many rows a table has; None, and a word of warning, where that one cannot be read: the others still can."""
+    try:
+        return Selection(recorded, file.table, (file,)).row_count()
+    except (BrokenFileError, FutureVersionError) as error:
+        message(f"Warning: {error.what} ({error.where})")
+        return None
+
+
+def _shown(rows: int | None) -> str:
+    return "unreadable" if rows is None else thousands(rows)
 
 
 def _each(recorded: Recorded, first: str | None, last: str | None, doing: str) -> Iterator[str]:

@@ -110,8 +110,9 @@ def print_day(env: str, view: DayView, gaps_shown: int | None = None, newest: Dr
         click.echo(f"Duration: {duration((day.ended_ns or view.at_ns) - day.started_ns)}")
     click.echo(f"Messages: {thousands(view.messages)}")
     click.echo(f"Gaps: {view.gaps}")
+    several = len({str(gap.scope["component"]) for gap in day.gaps if "component" in gap.scope}) > 1
     for gap in day.gaps[:gaps_shown]:
-        click.echo(f"  - {_gap_line(gap)}")
+        click.echo(f"  - {_gap_line(gap, named=several)}")
     if gaps_shown is not None and len(day.gaps) > gaps_shown:
         click.echo(f"  and {thousands(len(day.gaps) - gaps_shown)} more; --all lists them")
     print_maintenance(env, view)
@@ -142,12 +143,14 @@ def print_day(env: str, view: DayView, gaps_shown: int | None = None, newest: Dr
         print_next_command(env, view)
 
 
-def _gap_line(gap: Gap) -> str:
+def _gap_line(gap: Gap, *, named: bool) -> str:
+    """Return a gap's line; `named` with the connector that had it."""
     until = "now" if gap.to_ns is None else time_of_day(gap.to_ns, gap.from_ns)
+    who = f", {gap.scope['component']}" if named and "component" in gap.scope else ""
     channel = f", {gap.scope['channel']}" if "channel" in gap.scope else ""
     outcome = f", {gap.outcome}" if gap.outcome in ("healed", "repaired") else ""
     detail = f", {gap.detail}" if gap.detail is not None else ""
-    return f"{time_of_day(gap.from_ns)} - {until} ({gap.cause}{channel}{outcome}{detail})"
+    return f"{time_of_day(gap.from_ns)} - {until} ({gap.cause}{who}{channel}{outcome}{detail})"
 
 
 def print_ledger(ledger: Ledger) -> None:
@@ -185,8 +188,11 @@ def print_maintenance(env: str, view: DayView) -> None:
 def print_next_command(env: str, view: DayView) -> None:
     """Print which command brings a day on that failed or is in error."""
     if view.state is DayState.FAILED:
-        verb = "end" if view.day.ever_active else "start"
-        click.echo(f"Next: ssmd day {verb} {env} --date {view.day.date}")
+        date = view.day.date
+        if view.day.mode == "replay":  # it is over: a start would leave it ACTIVE
+            click.echo(f"Next: ssmd day backfill {env} --from {date} --to {date}")
+        else:
+            click.echo(f"Next: ssmd day {'end' if view.day.ever_active else 'start'} {env} --date {date}")
     elif view.state is DayState.ERROR:
         click.echo(f"Next: ssmd day recover {env} --date {view.day.date}")
 

@@ -5,6 +5,7 @@ A command's module is imported when it is called, so that `ssmd --help` and `ssm
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import os
@@ -14,6 +15,7 @@ import traceback
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
 import click
@@ -26,6 +28,7 @@ from ssmd_dagster.leaving import leave
 PROGRAM = "ssmd"
 COMPLETION_VARIABLE = "_SSMD_COMPLETE"
 LOG_MAX_BYTES = 1_000_000
+_DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO})
 
 _COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("ssmd_dagster.cli.demo:demo_command", "Run a whole trading day on this machine, in about a minute."),
@@ -85,8 +88,14 @@ def main() -> NoReturn:
     """Run the command line of this process and exit. To be told to end, or to lose the terminal, is to be interrupted."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is signal.SIG_DFL:  # `nohup` has it ignored
-            signal.signal(number, lambda _number, _frame: signal.raise_signal(signal.SIGINT))
+            signal.signal(number, _interrupt)
     leave(run(sys.argv[1:]))
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a script's background job
+        raise KeyboardInterrupt
+    signal.raise_signal(signal.SIGINT)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -103,7 +112,11 @@ def run(arguments: Sequence[str]) -> int:
         return _fail(error.exit_code, error.format_message(), as_json=as_json)
     except OSError as error:
         if _can_print():
-            return _fail_with(error, arguments, as_json=as_json)
+            if error.errno not in _DISK:
+                return _fail_with(error, arguments, as_json=as_json)
+            where = str(error.filename or os.environ.get("SSMD_HOME") or "the folder of local state")
+            do = "Make room, or set SSMD_HOME to another disk; then the same command goes on"
+            return _fail(ExitCode.FAILURE, f"the disk failed: {error.strerror}", where=where, do=do, as_json=as_json)
         # Who reads it (`| head`) has seen enough; a disk that is full wants to be known.
         if not isinstance(error, BrokenPipeError):
             return _fail(ExitCode.FAILURE, f"stdout cannot be written: {error.strerror}", as_json=as_json)

@@ -305,7 +305,7 @@ class _Planning:
             elif transient or cause.startswith(NOBODY):
                 self._ask("replay", date, cause)
             elif not cause.startswith(PAUSED_BY):
-                self._flag(date, "stuck", cause, "start")
+                self._flag(date, "stuck", cause, "replay")
         elif day.ended_ns is None and day.mode == "live":
             self._ask("end", date, f"it is over, and what it holds is not proved: {cause}")
         else:

@@ -20,17 +20,19 @@ GRACE_S = 60.0
 """How long a run that has begun is given to lock its file; a file that nobody locks is removed after as long."""
 MOST_RUNS = 250
 
-_HELD: list[int] = []
+_HELD: dict[str, int] = {}
 """Kept open until the process ends: a run whose file was let go earlier would look lost just before it says that it is done."""
 
 
 def hold(home: Path, run_id: str) -> None:
-    """Show, until this process ends, that the run is alive."""
+    """Show, until this process ends, that the run is alive; does nothing where it shows that already."""
+    if run_id in _HELD:
+        return
     folder = runs_dir(home)
     folder.mkdir(mode=0o700, exist_ok=True)
     descriptor = os.open(folder / run_id, os.O_CREAT | os.O_RDWR, 0o600)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
-    _HELD.append(descriptor)
+    _HELD[run_id] = descriptor
 
 
 def fail_lost_runs(instance: dg.DagsterInstance, home: Path) -> list[str]:
@@ -42,8 +44,12 @@ def fail_lost_runs(instance: dg.DagsterInstance, home: Path) -> list[str]:
         run = record.dagster_run
         if "ssmd/environment" not in run.tags or run.run_id in alive or (record.start_time or 0.0) > began_before:
             continue
-        instance.report_run_failed(run, "Its process is gone: killed together with its code server, or with the machine.")
-        said.append(f"the process of {run.job_name} {run.tags.get('dagster/partition', '')} (run {run.run_id[:8]}) is gone")
+        instance.report_run_failed(
+            run, "Its process is gone: killed together with its code server, or with the machine."
+        )
+        said.append(
+            f"the process of {run.job_name} {run.tags.get('dagster/partition', '')} (run {run.run_id[:8]}) is gone"
+        )
     return said
 
 

@@ -22,7 +22,6 @@ from pydantic import Field, PrivateAttr
 from ssmd_dagster.capture.setting import Setting, load_setting
 from ssmd_dagster.day.calendar import parse_date
 from ssmd_dagster.defs.lost import hold
-from ssmd_dagster.environments.home import ssmd_home
 from ssmd_dagster.errors import SsmdError, UnreachableError, UsageError
 from ssmd_dagster.workflows.attempt import CLEAN_UP_TIMEOUT_S, Attempt, Verb
 from ssmd_dagster.workflows.desk import Desk, Progress, Report, open_desk
@@ -115,6 +114,7 @@ class DaySession:
 
     def __init__(self, environment: str, run_id: str, *, rolls: bool) -> None:
         self._environment = environment
+        self._run_id = run_id
         self._actor = f"dagster:{run_id}"
         self._rolls = rolls
         self._background = Background(f"desk-{run_id[:8]}")
@@ -219,6 +219,7 @@ class DaySession:
                 "this run names no trading day", where=self._environment, do="Launch the job for one of its partitions"
             )
         setting = load_setting(self._environment)
+        hold(setting.home, self._run_id)
         setting.env.calendar().check(parse_date(partition), setting.clock())
         return setting, partition
 
@@ -263,7 +264,6 @@ class DayDesk(dg.ConfigurableResource):  # type: ignore[type-arg] # it is its ow
                 f"the job of {self.environment} for that, or leave the configuration as it is.",
                 allow_retries=False,
             )
-        hold(ssmd_home(), context.run.run_id)
         self._session = DaySession(self.environment, context.run.run_id, rolls=self.rolls)
         try:
             yield self

@@ -221,7 +221,7 @@ def _reconcile_sensor(
         cursor: dict[str, Any] = json.loads(context.cursor or "{}")
         told: dict[str, list[str]] = cursor.get("told", {})
         blind: dict[str, int] = cursor.get("blind", {})
-        said = fail_lost_runs(context.instance, ssmd_home())
+        said = _lost_runs(context.instance)
         found = watch.look(environments, reconcile, actor="sensor:reconcile")
         requests: list[dg.RunRequest] = []
         for name, answer in found.items():
@@ -250,6 +250,14 @@ def _reconcile_sensor(
         )
 
     return reconcile_days
+
+
+def _lost_runs(instance: dg.DagsterInstance) -> list[str]:
+    """Fail runs whose process is gone; a home that cannot be used is every environment's own trouble, and said there."""
+    try:
+        return fail_lost_runs(instance, ssmd_home())
+    except (SsmdError, OSError) as error:
+        return [f"runs cannot be looked after: {error}"]
 
 
 def _tell(name: str, made: Plan, told: dict[str, list[str]], targets: Sequence[Target]) -> None:

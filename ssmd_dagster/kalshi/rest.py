@@ -165,6 +165,7 @@ class RestClient:
         self._raise_refusal(got, url)
         said = f"HTTP {got.status} {read_rest_error(got.status, got.body)}"
         if got.status == 429:
+            self._bucket.refused()
             tries.failed(said, _MAX_ATTEMPTS_RATE_LIMITED, None, rate_limited=True)
         else:
             tries.failed(said, _MAX_ATTEMPTS, None)

@@ -130,7 +130,7 @@ def redis_errors(
     ) as error:
         raise ConfigurationError(f"access refused: {error}", where=where, do="Check the password of Redis") from error
     except (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError, OSError) as error:
-        raise UnreachableError(f"no answer: {error}", where=where, do=do) from error
+        raise UnreachableError(f"no answer: {str(error) or 'none in time'}", where=where, do=do) from error
     except redis.exceptions.ResponseError as error:
         if str(error).startswith(_STATE_OF_SERVER) or isinstance(error, redis.exceptions.ReadOnlyError):
             raise UnreachableError(f"cannot serve: {error}", where=where, do="Look after the server") from error

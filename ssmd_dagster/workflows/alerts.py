@@ -91,6 +91,6 @@ def blind(env: str, sensor: str, cause: str, command: str) -> Alert:
 
 
 def _next_command(event: DayEvent, day: TradingDay) -> str:
-    if event.event is EventName.MISSED:  # it is over: a start would replay it and leave it ACTIVE
+    if event.event is EventName.MISSED or day.mode == "replay":  # it is over: a start would leave it ACTIVE
         return f"ssmd day backfill {event.env} --from {event.date} --to {event.date}"
     return f"ssmd day {'end' if day.ever_active else 'start'} {event.env} --date {event.date}"

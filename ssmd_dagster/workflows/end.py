@@ -17,7 +17,7 @@ from ssmd_dagster.day.condition import condition, gaps_within
 from ssmd_dagster.day.events import TradingDay
 from ssmd_dagster.day.payloads import Completed, EndRequested
 from ssmd_dagster.day.states import DayState, EventName
-from ssmd_dagster.errors import RefusedError, SsmdError, UnreachableError
+from ssmd_dagster.errors import ExitCode, RefusedError, SsmdError, UnreachableError
 from ssmd_dagster.exchange import SESSION
 from ssmd_dagster.workflows.attempt import Attempt, Step, Verb
 from ssmd_dagster.workflows.damage import journal_losses, sort_out
@@ -53,8 +53,16 @@ ANSWER_TIMEOUT_S = 30.0
 OVERLAP_NS = 3_000_000_000
 """How long the old day's connector records on beyond the boundary of a roll."""
 AUDIT_TIMEOUT_S = 3600.0
+KILLED = -1
+"""The supervisor's exit code of a program that a signal ended."""
 POLL_S = 0.2
 TELL_EVERY_S = 5.0
+
+
+class AuditKilledError(SsmdError):
+    """The audit of the spool was killed, as by a machine without memory; it begins anew and finishes what is left."""
+
+    transient = True
 
 
 async def may_end(attempt: Attempt) -> bool:
@@ -145,7 +153,9 @@ async def stop_connector(attempt: Attempt) -> str:
     code = await desk.supervisor.run_once(group, audit_program(desk.setting, date), AUDIT_TIMEOUT_S)
     if code != 0:
         log = desk.setting.home / "logs" / group / "audit.log"
-        raise SsmdError(f"the audit of the spool ended with exit code {code}", where=desk.where(date), do=f"See {log}.")
+        kind = {int(ExitCode.UNREACHABLE): UnreachableError, KILLED: AuditKilledError}.get(code, SsmdError)
+        what = "was killed" if kind is AuditKilledError else f"ended with exit code {code}"
+        raise kind(f"the audit of the spool {what}", where=desk.where(date), do=f"See {log}; the same command goes on.")
     day = await desk.book.day(date)
     return f"{day.messages or 0:,} messages recorded" if day is not None else ""
 
@@ -172,7 +182,7 @@ async def examine(attempt: Attempt) -> Verdict:
     await desk.supervisor.ensure_group(day_group(desk.env, date), day_programs(desk.setting, date))
     await desk.supervisor.start(day_group(desk.env, date), ARCHIVER)
     while (status := await _archiver(attempt, "status", deadline))["backlog"]:
-        await deadline.wait(attempt, f"{status['backlog']} batches to go {status['error'] or ''}".rstrip())
+        await deadline.wait(attempt, _waited_for(f"{status['backlog']} batches to go", status))
     await _flush(attempt, deadline)
     day = await desk.book.day(date)
     assert day is not None
@@ -193,7 +203,7 @@ async def examine(attempt: Attempt) -> Verdict:
     day = await desk.book.day(date)
     assert day is not None
     verdict = await judge(desk, day, readback, books, compared, reading.ids)
-    verdict = verdict._replace(faults=(*verdict.faults, *damage.faults()))
+    verdict = verdict._replace(faults=(*verdict.faults, *damage.faults()), spoilt=bool(losses), lost=bool(damage.gone))
     if not verdict.faults:
         verdict = await _with_tables(desk, day, verdict, telling)
     await journal_verdict(desk, day, verdict)
@@ -294,6 +304,10 @@ class _Deadline:
         await asyncio.sleep(POLL_S)
 
 
+def _waited_for(what: str, status: dict[str, Any]) -> str:
+    return what if status["error"] is None else f"{what}; the archiver stands still: {status['error']}"
+
+
 async def _flush(attempt: Attempt, deadline: _Deadline) -> str:
     """Have the archiver store all that it holds now, and wait until it has."""
     desk = attempt.desk
@@ -302,9 +316,7 @@ async def _flush(attempt: Attempt, deadline: _Deadline) -> str:
     try:
         status = await _archiver(attempt, "flush", deadline)
         while (status := await _archiver(attempt, "status", deadline))["flushing"]:
-            await deadline.wait(
-                attempt, f"{status['open_batches']} batches to be stored {status['error'] or ''}".rstrip()
-            )
+            await deadline.wait(attempt, _waited_for(f"{status['open_batches']} batches to be stored", status))
     except UnreachableError as error:
         if not attempt.options.force:
             raise

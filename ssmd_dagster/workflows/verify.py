@@ -26,6 +26,7 @@ from ssmd_dagster.day.payloads import DriftFound, LateRows, Verified
 from ssmd_dagster.day.seal import TableEntry
 from ssmd_dagster.day.states import EventName
 from ssmd_dagster.errors import UnexplainedDifferenceError
+from ssmd_dagster.stores.stream import BatchId
 from ssmd_dagster.workflows.desk import Desk
 from ssmd_dagster.workflows.reading import DayReading
 from ssmd_dagster.workflows.trades import Compared, line_of
@@ -80,12 +81,15 @@ async def read_back(
 class Verdict(NamedTuple):
     """What a verification found; `faults` empty means that every check passed.
 
+    `spoilt` says that stored segments do not give back what was put into them, `lost` that nobody else has all of it either.
     `tables` are those that were made of what was read back, as `revision`, `late` and `drift` what was found in making them.
     """
 
     readback: Readback
     ledger: Ledger
     faults: tuple[str, ...]
+    spoilt: bool = False
+    lost: bool = False
     tables: tuple[TableEntry, ...] = ()
     revision: int | None = None
     late: LateRows | None = None
@@ -220,18 +224,27 @@ async def judge(
     """
     why_not = {} if compared.why_not is None else {"trades": compared.why_not}
     trades = line_of(compared, ids)
-    published: Counter[str] = Counter()
-    batches = await desk.stores.raw_stream.batches(day.date)
-    for batch, records in batches.items():
-        published[batch.channel] += records
-    if day.sealed is not None and day.sealed.revision < day.revision:
-        # What an earlier revision has proved leaves the stream after its seal: of its connections the store speaks alone.
-        present = {batch.conn for batch in batches}
-        for conn, counts in readback.by_connection.items():
-            published.update(counts if conn not in present else {})
-    ledger, holes = draw_up(day, readback, books, published=dict(published), trades=trades, why_not=why_not)
+    # What an earlier revision has proved may have left the stream.
+    proved = day.sealed is not None and day.sealed.revision < day.revision
+    published = published_by_channel(await desk.stores.raw_stream.batches(day.date), readback if proved else None)
+    ledger, holes = draw_up(day, readback, books, published=published, trades=trades, why_not=why_not)
     faults = (*readback.faults, *nothing_examined(readback), *holes, *books.faults, *unexplained(ledger))
     return Verdict(readback, ledger, faults)
+
+
+def published_by_channel(batches: Mapping[BatchId, int], proved: Readback | None) -> dict[str, int]:
+    """Return the records per channel in the stream.
+
+    With `proved`, the archive speaks for the connections of which the stream has nothing any more.
+    """
+    published: Counter[str] = Counter()
+    for batch, records in batches.items():
+        published[batch.channel] += records
+    if proved is not None:
+        present = {batch.conn for batch in batches}
+        for conn, counts in proved.by_connection.items():
+            published.update(counts if conn not in present else {})
+    return dict(published)
 
 
 def unexplained(ledger: Ledger) -> tuple[str, ...]:
@@ -263,8 +276,7 @@ def refuse(desk: Desk, date: str, verdict: Verdict) -> None:
         raise UnexplainedDifferenceError(
             f"the archive is not what came in: {briefly(verdict.faults)}",
             where=desk.where(date),
-            do=f"Look at `ssmd day show {desk.env} {date}`; the spool and the stream still hold what was recorded. "
-            f"`ssmd day end {desk.env} --date {date}` tries again, with --force it ends the day as degraded.",
+            do=_remedy(desk.env, date, verdict),
         )
     if verdict.readback.records == 0:
         raise UnexplainedDifferenceError(
@@ -272,6 +284,16 @@ def refuse(desk: Desk, date: str, verdict: Verdict) -> None:
             where=desk.where(date),
             do="See the logs of connector and archiver; `ssmd day end --force` ends the day all the same.",
         )
+
+
+def _remedy(env: str, date: str, verdict: Verdict) -> str:
+    if verdict.lost:
+        what = "Put the named objects back from a copy or from the store's own versions."
+    elif verdict.spoilt:
+        what = "Move the named objects and the later ones of their channels away: they are made again from the stream."
+    else:
+        what = f"Look at `ssmd day show {env} {date}`; the spool and the stream still hold what was recorded."
+    return f"{what} `ssmd day end {env} --date {date}` tries again, with --force it ends the day as degraded."
 
 
 def briefly(faults: tuple[str, ...]) -> str:

@@ -7,7 +7,6 @@ the seal is journaled with the condition that follows from it; nothing that is s
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -45,6 +44,7 @@ from ssmd_dagster.workflows.verify import (
     draw_up,
     journal_verdict,
     nothing_examined,
+    published_by_channel,
     unexplained,
 )
 
@@ -167,14 +167,13 @@ async def _again(desk: Desk, day: TradingDay, tell: Tell) -> Verification:
     env = desk.setting.env
     sealed = await _seals(desk, day.date)
     found = await _examine_store(env, desk.stores.raw, desk.stores.normalized, day.date, sealed, tell)
-    published: Counter[str] = Counter()
-    for batch, records in (await desk.stores.raw_stream.batches(day.date)).items():
-        published[batch.channel] += records
+    batches = await desk.stores.raw_stream.batches(day.date)
+    published = published_by_channel(batches, found.readback) if batches else None
     losses = found.readback.losses
     damage = await sort_out(desk, day.date, losses)
     day = await journal_losses(desk, day, damage.gone, losses)
     found = found._replace(day=day)
-    ledger, holes = _ledger(found, published=dict(published) if published else None)
+    ledger, holes = _ledger(found, published=published)
     compared = await compare_trades(desk, day, found.ids, repair=False, tell=tell)
     ledger = again_with_trades(ledger, compared, line_of(compared, found.ids))
     faults = (*found.faults, *damage.faults(), *holes, *unexplained(ledger), *missing_by_name(ledger, compared))
@@ -231,7 +230,7 @@ def mending(
             "Put the named objects back from a copy or from the store's own versions, then verify again: "
             f"`ssmd day verify {env} {date}`."
         )
-    if ledger.trades.missing:
+    elif ledger.trades.missing:  # a spoilt object's trades come back with it, and until then no revision can be sealed
         done.append(
             f"Fetch the missing trades into revision {revision + 1}: `ssmd day start {env} --date {date} --mode replay`, "
             f"then `ssmd day end {env} --date {date}`."

@@ -6,6 +6,7 @@ from typing import Any
 
 import msgspec
 
+from ssmd_dagster.capture.archiver import COMPONENT as ARCHIVER
 from ssmd_dagster.capture.programs import day_components
 from ssmd_dagster.day.calendar import Window
 from ssmd_dagster.day.events import Book, TradingDay
@@ -123,6 +124,8 @@ async def view(desk: Desk, day: TradingDay) -> DayView:
         needed = day_components(desk.setting.env, day.mode)
         if any(name not in components or components[name].get("state") == "error" for name in needed):
             state = DayState.ERROR
+    elif day.state is DayState.ENDING and (held_up := components.get(ARCHIVER, {}).get("error")):
+        error = f"{ARCHIVER}: {held_up}"  # the end waits until it can go on
     counted = stats.messages if stats is not None else 0
     return DayView(
         day=day,

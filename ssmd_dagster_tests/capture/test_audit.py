@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from ssmd_dagster.archive.batch import Batch
 from ssmd_dagster.archive.intervals import ends_session, torn_in
 from ssmd_dagster.archive.records import parse_record
-from ssmd_dagster.capture.audit import COMPONENT, audit, count_connection, finish_connection, republish
+from ssmd_dagster.capture import audit as audit_module
+from ssmd_dagster.capture.audit import (
+    COMPONENT,
+    audit,
+    count_connection,
+    finish_connection,
+    republish,
+    undeclared_holes,
+)
 from ssmd_dagster.capture.setting import Setting
 from ssmd_dagster.capture.spool import read_spool, spooled_records
-from ssmd_dagster.day.payloads import ChannelCount
+from ssmd_dagster.day.payloads import ChannelCount, GapOpened
 from ssmd_dagster.environments.home import spool_dir
 from ssmd_dagster.exchange import SESSION
 from ssmd_dagster.stores.connect import Stores
@@ -249,3 +260,33 @@ async def test_a_day_without_a_spool_is_audited_as_empty(setting: Setting, store
     assert day is not None
     assert day.checkpoints[COMPONENT].connections == {}
     assert (day.checkpoints[COMPONENT].messages, day.gaps) == (0, ())
+
+
+def test_the_times_of_all_holes_are_found_in_one_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A day has millions of batches, and a connection may have hundreds of holes: each lies between its neighbours' times."""
+    recording = Recording("812-a-0")
+    recording.begin()
+    times: dict[tuple[int, int], int] = {}
+    for sid, seq in [(1, 1), (2, 1), (1, 4), (2, 2), (2, 5), (1, 5), (1, 8), (1, 12)]:
+        recording.frame("trade", sid=sid, seq=seq)
+        times[sid, seq] = recording.recorder.last_frame_ns or 0
+        recording.recorder.flush()
+    recording.write(tmp_path)
+    passes: list[Path] = []
+
+    def counted(path: Path) -> Iterator[tuple[Batch, bytes]]:
+        passes.append(path)
+        return read_spool(path)
+
+    monkeypatch.setattr(audit_module, "read_spool", counted)
+    found = {
+        (data.gap_id, data.from_ns if isinstance(data, GapOpened) else data.to_ns)
+        for _, data in undeclared_holes(tmp_path, "812-a-0")
+    }
+    expected = {"1-1": (1, 1, 1, 4), "1-5": (1, 5, 1, 8), "1-8": (1, 8, 1, 12), "2-2": (2, 2, 2, 5)}
+    assert found == {
+        (f"gap-812-a-0-{name}", times[place])
+        for name, (sid, before, other, behind) in expected.items()
+        for place in ((sid, before), (other, behind))
+    }
+    assert len(passes) == 2

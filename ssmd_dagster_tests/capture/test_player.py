@@ -11,12 +11,13 @@ from typing import Any
 import aiohttp
 import pytest
 
+from ssmd_dagster.archive.layout import segment_key
 from ssmd_dagster.archive.records import parse_record
 from ssmd_dagster.capture.player import Player
 from ssmd_dagster.capture.setting import Setting
 from ssmd_dagster.capture.spool import spooled_records
 from ssmd_dagster.errors import NotFoundError
-from ssmd_dagster.exchange import SESSION
+from ssmd_dagster.exchange import REST, SESSION
 from ssmd_dagster.stores.connect import Stores
 from ssmd_dagster_tests.capture.recordings import DATE, a_recording, build_segments, eventually, header_of
 
@@ -80,6 +81,16 @@ async def test_a_day_without_records_is_not_played(setting: Setting, stores: Sto
     """There is nothing to wait for."""
     with pytest.raises(NotFoundError, match="no record of"):
         await Player(setting, stores, DATE, 1.0).run(asyncio.Event())
+
+
+async def test_pages_of_rest_are_no_part_of_a_played_day(setting: Setting, stores: Stores, tmp_path: Path) -> None:
+    """They were fetched hours or months after the day, and were never a message to anybody."""
+    env = setting.env.name
+    encoded = a_recording("812-a-0", frames=5, seed=1, env=env).batches()
+    data = next(iter(build_segments(tmp_path, encoded, env=env).values()))[2]
+    await stores.raw.create(segment_key(setting.env.feed, DATE, REST, 0), data)
+    with pytest.raises(NotFoundError, match="that a client could get"):
+        await asyncio.wait_for(Player(setting, stores, DATE, SPEED).run(asyncio.Event()), 20)
 
 
 async def test_a_player_that_is_told_to_stop_stops(setting: Setting, stores: Stores, tmp_path: Path) -> None:

@@ -72,6 +72,18 @@ def test_the_inventory_lists_days_and_tables(shelf: Shelf, capsys: pytest.Captur
     assert unknown["condition"] == "unknown"
 
 
+def test_an_inventory_goes_on_past_a_table_that_cannot_be_read(
+    shelf: Shelf, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The one is named; the other tables and days are listed."""
+    next(shelf.tables.rglob("trade/2025/12/14/data.parquet")).write_bytes(b"PAR1")
+    assert run(["data", "inventory", str(shelf.folder)]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.splitlines()[1].split()[3] == "unreadable"
+    assert len(captured.out.splitlines()) == 4
+    assert "Warning: the table cannot be read" in captured.err
+
+
 def test_gaps_are_listed_over_days(shelf: Shelf, capsys: pytest.CaptureFixture[str]) -> None:
     """From the tables of coverage, from the manifest where there is none; a running day is pointed to."""
     assert run(["data", "gaps", str(shelf.folder)]) == 0

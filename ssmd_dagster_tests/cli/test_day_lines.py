@@ -149,3 +149,21 @@ def test_drift_of_a_running_day_is_shown_as_far_as_it_is_known(capsys: pytest.Ca
         "Drift: 2 messages so far that are of no known type or cannot be read",
         "Drift: 1 unknown keys, types or shapes (key trade.msg.foo int ×7) in the newest messages",
     ]
+
+
+def test_gaps_of_several_connectors_say_whose_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    """With one connector its name would say nothing."""
+    log = started()
+    for name in ("connector-a", "connector-b"):
+        gap = {"gap_id": f"gap-{name}", "cause": "connection_lost", "from_ns": 0, "scope": {"component": name}}
+        log.add(EventName.GAP_OPENED, data=gap)
+        log.add(EventName.GAP_CLOSED, data={"gap_id": f"gap-{name}", "to_ns": 10**9, "outcome": "healed"})
+        day = log.day()
+        view = DayView(day=day, state=day.state, error=None, messages=9, gaps=0, stats=None, components={}, at_ns=9)
+        print_day("kalshi-sim", view)
+    lines = [line for line in printed(capsys) if "connection_lost" in line]
+    assert lines == [
+        "  - 00:00:00 - 00:00:01 (connection_lost, healed)",
+        "  - 00:00:00 - 00:00:01 (connection_lost, connector-a, healed)",
+        "  - 00:00:00 - 00:00:01 (connection_lost, connector-b, healed)",
+    ]

@@ -153,15 +153,16 @@ main.main()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_to_be_told_to_end_is_to_be_interrupted(number: signal.Signals) -> None:
-    """A command that a supervisor ends, or whose terminal is closed, tidies up like one that gets Ctrl-C."""
-    command = [sys.executable, "-c", TALKING, "talk"]
+@pytest.mark.parametrize("shell", ["", "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"])
+def test_to_be_told_to_end_is_to_be_interrupted(number: signal.Signals, shell: str) -> None:
+    """A command that is ended, or whose terminal is closed, tidies up like one that gets Ctrl-C, also as a background job."""
+    command = [sys.executable, "-c", shell + TALKING, "talk"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline().startswith("ready")
         process.send_signal(number)
         _, errors = process.communicate(timeout=READY_TIMEOUT_S)
-    assert (process.returncode, errors) == (ExitCode.INTERRUPTED, "tidied up\nError: interrupted\n")
+    assert (process.returncode, errors) == (ExitCode.INTERRUPTED, "tidied up\n\nError: interrupted\n")
 
 
 def test_a_reader_that_has_seen_enough_is_no_error() -> None:
@@ -184,6 +185,14 @@ def test_a_full_disk_is_named(
     monkeypatch.setattr(main, "_can_print", lambda: False)
     assert main.run(["fail"]) == ExitCode.FAILURE
     assert capsys.readouterr().err == "Error: stdout cannot be written: No space left on device\n"
+
+
+def test_a_disk_that_fails_is_no_traceback(failing: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing of ours is at fault, and a log could not be written either."""
+    failing(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/x/nats.conf"))
+    assert main.run(["fail"]) == ExitCode.FAILURE
+    told = capsys.readouterr().err
+    assert told.startswith("Error: the disk failed: No space left on device (/x/nats.conf)\n  Make room")
 
 
 def test_a_process_ends_without_finalising_the_interpreter() -> None:

@@ -269,7 +269,10 @@ def test_what_failed_is_tried_again_only_for_a_transient_cause(
         put(log, today, DayState.ACTIVE)
     made = decided(log, ns(today), recording=[today])
     assert asked(made) == ([(expected, DAY.isoformat())] if expected else [])
-    assert ("stuck" in {flag.kind for flag in made.flags}) is (expected is None)
+    stuck = [flag.command for flag in made.flags if flag.kind == "stuck"]
+    assert bool(stuck) is (expected is None)
+    if stuck and event is _E.START_FAILED and after_days:
+        assert stuck == [f"ssmd day backfill {ENV} --from {DAY} --to {DAY}"], "a start would leave the replay ACTIVE"
 
 
 def test_what_gave_up_is_ended_once_its_day_is_over() -> None:

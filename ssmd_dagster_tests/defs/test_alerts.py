@@ -99,6 +99,17 @@ def test_every_failure_is_told_with_the_command_to_run() -> None:
     assert alert.text == f"[DEGRADED] {ENV} {DATE}: degraded: late rows | run: ssmd day show {ENV} {DATE}"
 
 
+def test_a_replay_that_failed_is_done_again_by_a_replay() -> None:
+    """A start of a day that is over would leave it ACTIVE."""
+    log = Log()
+    log.add(EventName.DEFINED)
+    log.add(EventName.START_REQUESTED, data={"mode": "replay"})
+    log.add(EventName.START_FAILED)
+    alert = told(log)
+    assert alert is not None
+    assert alert.command == f"ssmd day backfill {ENV} --from {DATE} --to {DATE}"
+
+
 def test_a_month_of_replays_sends_no_alerts_but_for_what_a_replay_need_not_lack() -> None:
     """That a day was replayed is no news; that it was, and holds trades that nobody lists, is."""
     gap = {"gap_id": "gap-replay-ticker", "cause": "not_captured", "from_ns": 0, "scope": {"channel": "ticker"}}

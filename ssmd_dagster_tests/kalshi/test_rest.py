@@ -337,3 +337,33 @@ async def test_the_bucket_lets_a_second_s_worth_pass_and_then_paces() -> None:
     for _ in range(20):
         await bucket.take()
     assert len(slept) == 3
+
+
+async def test_a_refusal_slows_the_bucket_for_a_while() -> None:
+    """Who shares a key with another process takes less for a while; calls refused together count once."""
+    now_s = 100.0
+
+    async def sleep(seconds: float) -> None:
+        nonlocal now_s
+        now_s += seconds
+
+    async def pace(calls: int) -> float:
+        before_s = now_s
+        for _ in range(calls):
+            await bucket.take()
+        return calls / (now_s - before_s)
+
+    bucket = TokenBucket(20, lambda: now_s, sleep)
+    for _ in range(20):
+        await bucket.take()
+    assert await pace(20) == pytest.approx(20)
+    for _ in range(12):
+        bucket.refused()
+    assert 13 <= await pace(10) <= 15
+    for _ in range(5):
+        now_s += 1.0
+        bucket.refused()
+    assert await pace(3) < 5
+    now_s += 60.0
+    await pace(25)
+    assert await pace(20) == pytest.approx(20)

@@ -15,6 +15,8 @@ import pytest
 from ssmd_dagster.archive.batch import Batch, encode_footer, read_last, scan
 from ssmd_dagster.archive.batch import Footer as FooterFound
 from ssmd_dagster.errors import NotFoundError, UnexplainedDifferenceError
+from ssmd_dagster.stores.stream import BatchId
+from ssmd_dagster.workflows.verify import published_by_channel
 from ssmd_dagster.workflows.verify_sealed import Verification, verify_store
 from ssmd_dagster_tests.capture.recordings import DATE
 from ssmd_dagster_tests.workflows.stored_days import StoredDay, a_day, book_frame, book_frames, trade_frames
@@ -184,6 +186,15 @@ async def test_what_was_not_looked_at_is_not_called_fine(tmp_path: Path) -> None
     assert found.ledger.books.points is None
     assert (found.faults, found.condition) == ((), "pending")
     assert found.condition_reasons == ("not computed: books (no book has a second snapshot)",)
+
+
+def test_what_has_left_the_stream_was_proved_before(day: StoredDay) -> None:
+    """Of a connection of which the stream has nothing the archive speaks; of one that it has in part, the stream."""
+    ((conn, channels),) = day.readback.by_connection.items()
+    there = {BatchId("900-rest-0", "rest", 0): 3}
+    assert published_by_channel(there, None) == {"rest": 3}
+    assert published_by_channel(there, day.readback) == {"rest": 3, **channels}
+    assert published_by_channel({BatchId(conn, "trade", 0): 1}, day.readback) == {"trade": 1}
 
 
 async def test_an_empty_store_is_no_verified_day(day: StoredDay) -> None:

@@ -1,0 +1,39 @@
+"""What a day's view says beside the journal."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, cast
+
+from ssmd_dagster.day.calendar import Window
+from ssmd_dagster.day.states import DayState, EventName
+from ssmd_dagster.workflows.desk import Desk
+from ssmd_dagster.workflows.views import view
+from ssmd_dagster_tests.day.builders import ENV, started
+
+
+async def test_an_end_that_is_held_up_says_by_what() -> None:
+    """A full disk under the archiver is seen in the day's status, not only by whoever asked for the end."""
+    log = started()
+    log.add(EventName.END_REQUESTED, epoch=log.day().epoch)
+    beat = {"error": "cannot be written: No space left on device"}
+
+    async def answer(*_: Any) -> Any:
+        return None
+
+    async def no_windows() -> tuple[Window, ...]:
+        return ()
+
+    async def beats(_date: str) -> dict[str, dict[str, Any]]:
+        return {"archiver": beat, "connector-a": {"error": None}}
+
+    desk = SimpleNamespace(
+        env=ENV,
+        window=lambda _day: Window(open_ns=0, close_ns=1),
+        setting=SimpleNamespace(env=None, clock=lambda: 9),
+        stores=SimpleNamespace(cache=SimpleNamespace(maintenance=no_windows, stats=answer, heartbeats=beats)),
+    )
+    seen = await view(cast("Desk", desk), log.day())
+    assert (seen.state, seen.error) == (DayState.ENDING, f"archiver: {beat['error']}")
+    beat.clear()
+    assert (await view(cast("Desk", desk), log.day())).error is None
