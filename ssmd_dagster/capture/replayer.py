@@ -291,13 +291,10 @@ def markets_message(page: MarketPage, asked: list[str], places: Mapping[str, Pla
     )
 
 
-async def last_completion(stores: Stores, date: str) -> int:
+async def last_completion(stores: Stores, day: TradingDay) -> int:
     """Return the journal's sequence at which a day was last COMPLETE; 0 where it never was."""
-    events = await stores.journal.read()
-    return max(
-        (stored.seq for stored in events if stored.event.date == date and stored.event.event is EventName.COMPLETED),
-        default=0,
-    )
+    events = await stores.journal.read_day(day)
+    return max((stored.seq for stored in events if stored.event.event is EventName.COMPLETED), default=0)
 
 
 async def main(env_name: str, date: str, share: int, stop: asyncio.Event) -> None:
@@ -309,7 +306,7 @@ async def main(env_name: str, date: str, share: int, stop: asyncio.Event) -> Non
         day = await book.day(date)
         if day is None or day.epoch is None or day.mode != "replay":
             raise RefusedError(f"trading day {date} is not being replayed", where=env_name)
-        replayer = Replayer(setting, stores, day, await last_completion(stores, date), share)
+        replayer = Replayer(setting, stores, day, await last_completion(stores, day), share)
         working = asyncio.create_task(replayer.run())
         stopping = asyncio.create_task(stop.wait())
         await asyncio.wait([working, stopping], return_when=asyncio.FIRST_COMPLETED)

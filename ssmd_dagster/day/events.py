@@ -138,7 +138,8 @@ class TradingDay(msgspec.Struct, frozen=True, kw_only=True):
         steps: Steps of the current attempt, in order.
         late: Rows that came after a seal, as far as is known.
         completed: The data of the latest `completed`, kept through a later revision's attempt.
-        last_seq: Sequence of the last event folded; `updated_ns` is its time.
+        sealed_ns: When each of its revisions was sealed.
+        first_seq: Sequence of its first event; `last_seq` that of the last one folded, `updated_ns` the last one's time.
         acted_ns: Time of the last event that is a verb's work; what processes tell of themselves does not count.
     """
 
@@ -169,6 +170,8 @@ class TradingDay(msgspec.Struct, frozen=True, kw_only=True):
     late: payloads.LateRows | None = None
     completed: payloads.Completed | None = None
     sealed: payloads.Sealed | None = None
+    sealed_ns: tuple[int, ...] = ()
+    first_seq: int
     last_seq: int
     updated_ns: int
     acted_ns: int = 0
@@ -342,6 +345,7 @@ def fold_day(day: TradingDay | None, event: DayEvent, seq: int) -> TradingDay:
             date=event.date,
             state=DayState.PENDING,
             actor=event.actor,
+            first_seq=seq,
             last_seq=seq,
             updated_ns=event.at_ns,
             acted_ns=event.at_ns,
@@ -566,7 +570,7 @@ def _condition_changed(day: TradingDay, event: DayEvent, data: payloads.Conditio
 
 
 def _sealed(day: TradingDay, event: DayEvent, data: payloads.Sealed) -> dict[str, Any]:
-    return {"sealed": data, "revision": data.revision}
+    return {"sealed": data, "revision": data.revision, "sealed_ns": (*day.sealed_ns, event.at_ns)}
 
 
 _EFFECTS: dict[EventName, Callable[[TradingDay, DayEvent, Any], dict[str, Any]]] = {

@@ -19,6 +19,7 @@ from ssmd_dagster.day.calendar import Window
 from ssmd_dagster.day.events import Book, TradingDay
 from ssmd_dagster.day.states import DayState
 from ssmd_dagster.errors import ConfigurationError, SsmdError, UnreachableError
+from ssmd_dagster.stores.folded import Folded, pack, unpack
 
 LEASE_TTL_S = 30.0
 HEARTBEAT_TTL_S = 15
@@ -218,6 +219,17 @@ class DayCache:
         with redis_errors(self._redis):
             value = await self._redis.get(f"{self._days}{key}")
         return None if value is None else text(value)
+
+    async def put_folded(self, book: Book, tip_sha256: str) -> None:
+        """Keep the fold of the journal up to `book.tip_seq`, whose event has the SHA-256 `tip_sha256`."""
+        with redis_errors(self._redis):
+            await self._redis.set(f"{self._days}folded", pack(book, tip_sha256))
+
+    async def folded(self) -> Folded | None:
+        """Return the fold that was kept, None if there is none that this code can use. It is to be held against the journal."""
+        with redis_errors(self._redis):
+            value = await self._redis.get(f"{self._days}folded")
+        return unpack(value) if isinstance(value, bytes) else None
 
     async def put_stats(self, date: str, stats: DayStats) -> None:
         """Write a day's statistics."""

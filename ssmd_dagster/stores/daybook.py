@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import aclosing
 from typing import Any
 
 from ulid import ULID
@@ -20,6 +21,10 @@ from ssmd_dagster.errors import SsmdError, UnreachableError
 from ssmd_dagster.stores.cache import DayCache
 from ssmd_dagster.stores.journal import AppendConflictError, Journal, StoredEvent
 
+KEEP_FROM = 2_000
+"""Events that a reading has folded of its own from which on it leaves the fold with the cache: more than a day's."""
+KEEP_WITHIN = 100_000
+"""The same while it still reads: what is cut off by a time limit gets further the next time."""
 ATTEMPTS = 32
 """Appends tried against other actors' before giving up: each round at least one of them got its event in."""
 
@@ -37,18 +42,56 @@ class DayBook:
         self.book: Book = EMPTY_BOOK
         self._journal = journal
         self._tip: StoredEvent | None = None
+        self._unkept = 0
 
     async def refresh(self) -> Book:
         """Read what came since the last reading and return all days."""
+        if self._tip is None:
+            await self._resume()
         await self._read_on()
         return self.book
 
-    async def _read_on(self) -> list[StoredEvent]:
-        new = await self._journal.read(self._tip.seq if self._tip else 0)
-        if new:
-            self.book = fold(((stored.seq, stored.event) for stored in new), self.book)
-            self._tip = new[-1]
-        return new
+    async def refold(self) -> Book:
+        """Read the whole journal, whatever the cache has kept of its fold, and return all days."""
+        self.book, self._tip = EMPTY_BOOK, None
+        await self._read_on()
+        return self.book
+
+    async def keep(self) -> None:
+        """Leave the fold with the cache, for readers to come; best effort."""
+        self._unkept = 0
+        if self._tip is None:
+            return
+        try:
+            await self.cache.put_folded(self.book, self._tip.sha256)
+        except SsmdError as error:
+            _log.warning("the cache did not take the fold up to sequence %d: %s", self._tip.seq, error)
+
+    async def _resume(self) -> None:
+        """Begin with what the cache has kept, if it is of this very journal."""
+        try:
+            kept = await self.cache.folded()
+        except SsmdError as error:
+            _log.warning("the cache was not asked for what is folded, all is read: %s", error)
+            return
+        tip = None if kept is None else await self._journal.holds(kept.book.tip_seq, kept.tip_sha256)
+        if kept is not None and tip is not None:
+            self.book, self._tip = kept.book, tip
+
+    async def _read_on(self, looked_for: str | None = None) -> bool:
+        """Fold what is new, and say whether the event of the id that is looked for is in it."""
+        found = False
+        async with aclosing(self._journal.pages(self._tip.seq if self._tip else 0)) as pages:
+            async for page in pages:
+                self.book = fold(((stored.seq, stored.event) for stored in page), self.book)
+                self._tip = page[-1]
+                found = found or any(stored.event.id == looked_for for stored in page)
+                self._unkept += len(page)
+                if self._unkept >= KEEP_WITHIN:
+                    await self.keep()
+        if self._unkept >= KEEP_FROM:
+            await self.keep()
+        return found
 
     async def day(self, date: str) -> TradingDay | None:
         """Read on and return a day, None where the journal has no event of it."""
@@ -90,8 +133,10 @@ class DayBook:
         data: Mapping[str, Any] | Payload | None,
     ) -> None:
         event_id = str(ULID.from_timestamp(self.clock() / 1e9))
+        if self._tip is None:
+            await self._resume()
         for _ in range(ATTEMPTS):
-            if _holds(await self._read_on(), event_id):
+            if await self._read_on(event_id):
                 break
             day = None if event in ENVIRONMENT_EVENTS else self.book.days.get(date)
             spoken = epoch
@@ -114,7 +159,7 @@ class DayBook:
             except AppendConflictError:
                 continue  # what came in between may be this very event: an append whose answer was lost
             except UnreachableError:
-                if _holds(await self._read_on(), event_id):
+                if await self._read_on(event_id):
                     break
                 raise
             self.book = fold([(stored.seq, stored.event)], self.book)
@@ -134,7 +179,3 @@ class DayBook:
         except SsmdError as error:
             # The cache is no source of truth: `ssmd day rebuild` and the next transition bring it up to date.
             _log.warning("the cache was not told of journal sequence %d: %s", self.book.tip_seq, error)
-
-
-def _holds(events: list[StoredEvent], event_id: str) -> bool:
-    return any(stored.event.id == event_id for stored in events)

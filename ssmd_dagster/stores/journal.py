@@ -7,7 +7,8 @@ Not for what events mean or which may be appended: that is `day.events`. Every e
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from hashlib import sha256
 
 import msgspec
@@ -15,7 +16,7 @@ import nats.js.errors
 from msgspec.structs import replace
 from nats.js import JetStreamContext, api
 
-from ssmd_dagster.day.events import BadEventError, DayEvent, JournalBrokenError
+from ssmd_dagster.day.events import BadEventError, DayEvent, JournalBrokenError, TradingDay
 from ssmd_dagster.errors import NotFoundError, RefusedError
 from ssmd_dagster.stores.jetstream import (
     StreamMessage,
@@ -100,8 +101,11 @@ class Journal:
             raise JournalBrokenError(1, f"it begins with sequence {state.first_seq}", where=self.stream)
         return state.last_seq
 
-    async def read(self, after_seq: int = 0) -> list[StoredEvent]:
-        """Return all events after `after_seq` that were stored when this was called, the chain of hashes verified.
+    async def pages(self, after_seq: int = 0, up_to: int | None = None) -> AsyncGenerator[list[StoredEvent], None]:
+        """Yield the events after `after_seq` that were stored when this was called, page by page, the chain of hashes verified.
+
+        `up_to` is the last sequence wanted; None is all there are. Close it (`contextlib.aclosing`), so that its consumer
+        does not outlive the connection.
 
         Raises:
             JournalBrokenError: A hash, a sequence or an event is not what it must be, or the journal ends before
@@ -110,19 +114,42 @@ class Journal:
         tip = await self.tip_seq()
         if after_seq > tip:
             raise JournalBrokenError(after_seq, f"the journal ends with sequence {tip}", where=self.stream)
-        if after_seq == tip:
-            return []
+        last_seq = tip if up_to is None else min(tip, up_to)
+        if after_seq >= last_seq:
+            return
         # The event before the first is read too: its hash is what the first must hold.
         start_seq = max(after_seq, 1)
-        reader = StreamReader(self._js, self.stream, [self.subject], start_seq=start_seq, batch=_READ_BATCH)
-        stored: list[StoredEvent] = []
-        async with reader:
-            async for messages in read_up_to(reader, tip, self._timeout_s):
+        before: StoredEvent | None = None
+        async with StreamReader(
+            self._js, self.stream, [self.subject], start_seq=start_seq, batch=_READ_BATCH
+        ) as reader:
+            async for messages in read_up_to(reader, last_seq, self._timeout_s):
+                page: list[StoredEvent] = []
                 for message in messages:
-                    stored.append(self._link(message, stored[-1] if stored else None, start_seq))
-        if not stored or stored[-1].seq != tip:
-            raise JournalBrokenError(tip, "it could not be read", where=self.stream)
-        return stored if after_seq == 0 else stored[1:]
+                    before = self._link(message, before, start_seq)
+                    if before.seq > after_seq:
+                        page.append(before)
+                if page:
+                    yield page
+        if before is None or before.seq != last_seq:
+            raise JournalBrokenError(last_seq, "it could not be read", where=self.stream)
+
+    async def read(self, after_seq: int = 0, up_to: int | None = None) -> list[StoredEvent]:
+        """Return what `pages` yields, at once: for a stretch of the journal, not for years of it."""
+        async with aclosing(self.pages(after_seq, up_to)) as pages:
+            return [stored async for page in pages for stored in page]
+
+    async def read_day(self, day: TradingDay) -> list[StoredEvent]:
+        """Return all events of a day, as far as `day` knows of them."""
+        stretch = await self.read(day.first_seq - 1, day.last_seq)
+        return [stored for stored in stretch if stored.event.date == day.date]
+
+    async def holds(self, seq: int, sha256: str) -> StoredEvent | None:
+        """Return the event of a sequence if it has this SHA-256 (hex), None if another or none is there."""
+        if not 0 < seq <= await self.tip_seq():
+            return None
+        (stored,) = await self.read(seq - 1, seq)
+        return stored if stored.sha256 == sha256 else None
 
     async def append(self, event: DayEvent, after: StoredEvent | None) -> StoredEvent:
         """Append an event right behind `after` (None: as the first), or not at all.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ssmd_dagster.day.events import EMPTY_BOOK, Book, DayEvent, TradingDay, fold
-from ssmd_dagster.stores.journal import StoredEvent
+from ssmd_dagster.day.events import DayEvent, TradingDay, fold, fold_day
+from ssmd_dagster.day.states import ENVIRONMENT_EVENTS
 from ssmd_dagster.workflows.desk import Desk
 
 AT_ONCE = 200
@@ -22,22 +22,33 @@ class News:
 
 
 class Follower:
-    """Remembers the fold up to the last event that was read, so that the next look reads only what is new."""
+    """Remembers the days up to the last event that was read, so that the next look reads only what is new."""
 
     def __init__(self) -> None:
-        self._book: Book = EMPTY_BOOK
+        self._seq = 0
+        self._days: dict[str, TradingDay] = {}
 
     async def news(self, desk: Desk, after_seq: int) -> list[News]:
         """Return the events after `after_seq`, at most `AT_ONCE`; raises `JournalBrokenError` where it ends before that."""
-        stored: list[StoredEvent] = []
-        if self._book.tip_seq != after_seq:  # a new process, or somebody has put the place back
-            known = await desk.stores.journal.read(0)
-            self._book = fold((entry.seq, entry.event) for entry in known if entry.seq <= after_seq)
-            stored = [entry for entry in known if entry.seq > after_seq]
-        else:
-            stored = await desk.stores.journal.read(after_seq)
+        stored = await desk.stores.journal.read(after_seq, after_seq + AT_ONCE)
+        if self._seq != after_seq:  # a new process, or somebody has put the place back
+            self._days = {}
+        told = {entry.event.date for entry in stored if entry.event.event not in ENVIRONMENT_EVENTS}
+        if unknown := told - self._days.keys():
+            self._days |= await _days_at(desk, unknown, after_seq)
         found: list[News] = []
-        for entry in stored[:AT_ONCE]:
-            self._book = fold([(entry.seq, entry.event)], self._book)
-            found.append(News(entry.seq, entry.event, self._book.days.get(entry.event.date)))
+        for entry in stored:
+            seq, event, day = entry.seq, entry.event, None
+            if event.event not in ENVIRONMENT_EVENTS:
+                day = self._days[event.date] = fold_day(self._days.get(event.date), event, seq)
+            found.append(News(seq, event, day))
+        self._seq = stored[-1].seq if stored else after_seq
         return found
+
+
+async def _days_at(desk: Desk, dates: set[str], seq: int) -> dict[str, TradingDay]:
+    """Return days as they stood after the event of a sequence, those that had an event by then."""
+    now = (await desk.book.refresh()).days
+    first_seq = min((now[date].first_seq for date in dates if date in now), default=seq + 1)
+    past = await desk.stores.journal.read(first_seq - 1, seq) if first_seq <= seq else []
+    return fold((entry.seq, entry.event) for entry in past if entry.event.date in dates).days

@@ -14,7 +14,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -42,7 +42,7 @@ from ssmd_dagster.archive.sheets import sha256_of
 from ssmd_dagster.archive.tables import SCHEMAS, TABLE_OF_CHANNEL
 from ssmd_dagster.day.events import TradingDay
 from ssmd_dagster.day.seal import TableEntry
-from ssmd_dagster.day.states import DayState, EventName
+from ssmd_dagster.day.states import DayState
 from ssmd_dagster.environments.home import exchanges_dir, spool_dir
 from ssmd_dagster.environments.loader import load_registry
 from ssmd_dagster.errors import NotFoundError, RefusedError, SsmdError
@@ -302,7 +302,7 @@ def _lives(name: str) -> bool:
 async def _job(desk: Desk, day: TradingDay, folder: Path, revision: int) -> NormalizeJob:
     env = desk.setting.env
     window = desk.window(day)
-    sealed = await _seals(desk)
+    days = (await desk.book.refresh()).days
     return NormalizeJob(
         feed=env.feed,
         env=env.name,
@@ -312,11 +312,11 @@ async def _job(desk: Desk, day: TradingDay, folder: Path, revision: int) -> Norm
         close_ns=window.close_ns,
         output=str(folder / f"r{revision}"),
         segments=await _segments(desk, day.date, folder),
-        neighbours=await _neighbours(desk, day, folder, sealed),
+        neighbours=await _neighbours(desk, day, folder),
         gaps=day.gaps,
         channels=tuple(env.capture.channels),
         markets=tuple(await desk.stores.secmaster.known(window.open_ns, window.close_ns)),
-        seals=sealed.get(day.date, ()),
+        seals=days[day.date].sealed_ns,
         capnp_schema=str(_schema_file(desk)) if "capnp" in env.formats else None,
     )
 
@@ -326,15 +326,6 @@ def _schema_file(desk: Desk) -> Path:
     name, _, wanted = desk.setting.env.schema_ref.partition(":")
     versions = load_registry().schemas[name].versions
     return exchanges_dir() / "schemas" / next(one.file for one in versions if one.version == wanted)
-
-
-async def _seals(desk: Desk) -> dict[str, tuple[int, ...]]:
-    """Return when each day's revisions were sealed."""
-    at_ns: dict[str, tuple[int, ...]] = {}
-    for stored in await desk.stores.journal.read():
-        if stored.event.event is EventName.SEALED:
-            at_ns[stored.event.date] = (*at_ns.get(stored.event.date, ()), stored.event.at_ns)
-    return at_ns
 
 
 async def _segments(desk: Desk, date: str, folder: Path, edge: str | None = None) -> tuple[RawSegment, ...]:
@@ -354,9 +345,7 @@ async def _segments(desk: Desk, date: str, folder: Path, edge: str | None = None
     return tuple(segments)
 
 
-async def _neighbours(
-    desk: Desk, day: TradingDay, folder: Path, sealed: Mapping[str, tuple[int, ...]]
-) -> tuple[Neighbour, ...]:
+async def _neighbours(desk: Desk, day: TradingDay, folder: Path) -> tuple[Neighbour, ...]:
     """Return the days beside this one with what their raw files may have of it.
 
     The next day's first segment is often not stored yet; then its spool is read, where it is on this host. Where the next day
@@ -387,7 +376,7 @@ async def _neighbours(
                 open_ns=window.open_ns,
                 close_ns=window.close_ns,
                 segments=segments,
-                seals=sealed.get(date, ()),
+                seals=days[date].sealed_ns,
                 late_until_ns=late_until_ns,
                 recorded_on=recorded_on,
                 gaps=days[date].gaps,

@@ -130,7 +130,7 @@ async def _manifest(
     """Derive the manifest from the files and from the day's events up to its last verdict, from nothing else."""
     env = desk.setting.env
     assert day.condition is not None
-    stored = [entry for entry in await desk.stores.journal.read() if entry.event.date == day.date]
+    stored = await desk.stores.journal.read_day(day)
     end = max(i for i, entry in enumerate(stored) if entry.event.event in _SEALS)
     events = stored[: end + 1]
     segments = segment_entries(readback)

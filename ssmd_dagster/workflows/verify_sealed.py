@@ -165,7 +165,7 @@ async def _first_time(desk: Desk, day: TradingDay, tell: Tell) -> Verification:
 
 async def _again(desk: Desk, day: TradingDay, tell: Tell) -> Verification:
     env = desk.setting.env
-    sealed = await _seals(desk, day.date)
+    sealed = await _seals(desk, day)
     found = await _examine_store(env, desk.stores.raw, desk.stores.normalized, day.date, sealed, tell)
     batches = await desk.stores.raw_stream.batches(day.date)
     published = published_by_channel(batches, found.readback) if batches else None
@@ -312,12 +312,12 @@ def _with_carried(sheet: ChannelLedger, sealed: ChannelLedger | None) -> Channel
     return msgspec.structs.replace(sheet, **carried)
 
 
-async def _seals(desk: Desk, date: str) -> dict[int, Sealed]:
+async def _seals(desk: Desk, day: TradingDay) -> dict[int, Sealed]:
     """Return what the journal says of each sealed revision."""
     return {
         data.revision: data
-        for entry in await desk.stores.journal.read()
-        if entry.event.date == date and entry.event.event is EventName.SEALED
+        for entry in await desk.stores.journal.read_day(day)
+        if entry.event.event is EventName.SEALED
         for data in (msgspec.convert(entry.event.data, Sealed),)
     }
 

@@ -34,6 +34,7 @@ def a_day(date: str = DATE, *, seq: int = 1, **changes: object) -> TradingDay:
         "epoch": 2,
         "actor": "cli:test@host",
         "started_ns": AT_NS,
+        "first_seq": 1,
         "last_seq": seq,
         "updated_ns": AT_NS,
     }

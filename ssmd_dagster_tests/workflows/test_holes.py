@@ -90,6 +90,7 @@ def test_the_ledger_balances_only_where_every_hole_is_explained(tmp_path: Path) 
             state=DayState.ENDING,
             actor="test",
             gap_by_id={one.gap_id: one for one in gaps},
+            first_seq=1,
             last_seq=1,
             updated_ns=1,
         )

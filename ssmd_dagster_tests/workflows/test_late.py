@@ -66,12 +66,12 @@ class TwoDays(Bench):
         self.log.add(EventName.SEALED, date=DATE, at_ns=SEALED_NS)
         desk: Any = self.desk
         desk.book = _Book(self.log)
-        desk.stores.journal = SimpleNamespace(read=self.read)
+        desk.stores.journal = SimpleNamespace(read_day=self.read_day)
         desk.window = lambda day: self.windows[day.date]
 
-    async def read(self) -> list[Any]:
-        """Return the journal."""
-        return [SimpleNamespace(seq=seq, event=event) for seq, event in self.log.events]
+    async def read_day(self, day: TradingDay) -> list[Any]:
+        """Return a day's events."""
+        return [SimpleNamespace(seq=seq, event=event) for seq, event in self.log.events if event.date == day.date]
 
     async def put(self, date: str, connections: Mapping[str, list[Frame]]) -> None:
         """Put a day's segments of trades into the raw store."""

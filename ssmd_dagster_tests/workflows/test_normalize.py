@@ -7,7 +7,7 @@ import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import cast
 
 import pyarrow.parquet as pq
 import pytest
@@ -15,7 +15,7 @@ import pytest
 from ssmd_dagster.archive.figures import Figures
 from ssmd_dagster.archive.layout import drift_key, segment_key, table_key
 from ssmd_dagster.day.calendar import Window
-from ssmd_dagster.day.events import TradingDay
+from ssmd_dagster.day.events import Book, TradingDay
 from ssmd_dagster.day.states import DayState
 from ssmd_dagster.environments.loader import load_registry
 from ssmd_dagster.errors import SsmdError
@@ -33,9 +33,12 @@ class _Secmaster:
         return []
 
 
-class _Journal:
-    async def read(self) -> list[Any]:
-        return []
+class _Book:
+    def __init__(self, day: TradingDay) -> None:
+        self.book = Book(days={day.date: day})
+
+    async def refresh(self) -> Book:
+        return self.book
 
 
 class Bench:
@@ -46,9 +49,16 @@ class Bench:
         self.raw, self.normalized = LocalObjectStore(folder / "raw"), LocalObjectStore(folder / "tables")
         env = load_registry().environments["kalshi-sim"].model_copy(update={"formats": ("parquet", "capnp")})
         self.day = TradingDay(
-            env=env.name, date=DATE, state=DayState.COMPLETE, actor="test", last_seq=1, updated_ns=CLOSE_NS, epoch=1
+            env=env.name,
+            date=DATE,
+            state=DayState.COMPLETE,
+            actor="test",
+            first_seq=1,
+            last_seq=1,
+            updated_ns=CLOSE_NS,
+            epoch=1,
         )
-        stores = SimpleNamespace(raw=self.raw, normalized=self.normalized, secmaster=_Secmaster(), journal=_Journal())
+        stores = SimpleNamespace(raw=self.raw, normalized=self.normalized, secmaster=_Secmaster())
         self.desk = cast(
             "Desk",
             SimpleNamespace(
@@ -56,7 +66,7 @@ class Bench:
                 setting=SimpleNamespace(env=env, home=folder),
                 stores=stores,
                 window=lambda _day: Window(open_ns=OPEN_NS, close_ns=CLOSE_NS),
-                book=SimpleNamespace(book=SimpleNamespace(days={DATE: self.day})),
+                book=_Book(self.day),
                 where=lambda date: f"{env.name} {date}",
             ),
         )

@@ -49,8 +49,8 @@ class Stage:
             ),
         )
 
-    async def read(self) -> list[Any]:
-        """Return the journal."""
+    async def read_day(self, _day: TradingDay) -> list[Any]:
+        """Return the journal, which has events of one day only."""
         return [SimpleNamespace(seq=seq, event=event) for seq, event in self.log.events]
 
     async def append(

@@ -107,6 +107,7 @@ def day_with(*gaps: Gap) -> TradingDay:
         epoch=812,
         actor="test",
         gap_by_id={gap.gap_id: gap for gap in gaps},
+        first_seq=1,
         last_seq=9,
         updated_ns=1,
     )
