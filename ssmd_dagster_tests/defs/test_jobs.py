@@ -221,7 +221,7 @@ def test_a_run_that_stops_between_two_steps_fails_its_day(in_house: House, simul
     in_house.ssmd("day", "end", simulated)
 
 
-@pytest.mark.parametrize("ending", ["it goes on", "it stops"])
+@pytest.mark.parametrize("ending", ["it goes on", pytest.param("it stops", marks=pytest.mark.long)])
 def test_a_run_whose_day_was_taken_by_another_leaves_it_alone(in_house: House, simulated: str, ending: str) -> None:
     """A run that has lost its lease neither goes on nor stops anything once another attempt has the day."""
     day = in_house.today()

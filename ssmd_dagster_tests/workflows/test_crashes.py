@@ -88,7 +88,7 @@ def test_a_killed_connector_costs_only_the_declared_gap(house: House, running: s
     assert undeclared == []
 
 
-@pytest.mark.parametrize("program", ["capture.archiver", "capture.gateway"])
+@pytest.mark.parametrize("program", ["capture.archiver", pytest.param("capture.gateway", marks=pytest.mark.long)])
 def test_a_killed_archiver_or_gateway_costs_nothing(house: House, running: str, program: str) -> None:
     """The next one takes up where the store's segments end; no gap, and the ledger balances."""
     group = f"{running}-{house.today()}" if program.endswith("archiver") else running

@@ -14,7 +14,11 @@ from ssmd_dagster_tests.house import House, until
 from ssmd_dagster_tests.judge import archived_payloads
 
 DATA = project_dir().parent / "shared" / "kalshi" / "data"
-FILES = ("ws-sports-2026-08", "ws-kxbtc-2026-04", "ws-kxbtc15m-2026-05")
+FILES = (
+    "ws-sports-2026-08",
+    pytest.param("ws-kxbtc-2026-04", marks=pytest.mark.long),
+    pytest.param("ws-kxbtc15m-2026-05", marks=pytest.mark.long),
+)
 ODD_FRAMES = [
     b"not json at all",
     b'{"type":"trade","sid":1,"seq":1,"msg":{"market_ticker":"KX-A.B","price":}}',
