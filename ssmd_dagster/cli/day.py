@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 import msgspec
@@ -16,9 +16,8 @@ from ssmd_dagster.cli.day_lines import (
     RollPrinter,
     print_day,
     print_history,
-    print_maintenance,
-    print_next_command,
     print_normalised,
+    print_status,
     print_verification,
 )
 from ssmd_dagster.cli.desk import (
@@ -32,15 +31,12 @@ from ssmd_dagster.cli.desk import (
 )
 from ssmd_dagster.cli.events import events_command
 from ssmd_dagster.cli.output import (
-    duration,
     message,
-    paused_text,
     plain_pause,
     print_json,
-    rfc3339,
-    thousands,
 )
 from ssmd_dagster.cli.report import report_command
+from ssmd_dagster.cli.watch import watch_command
 from ssmd_dagster.day.calendar import parse_date
 from ssmd_dagster.day.events import Paused, TradingDay
 from ssmd_dagster.day.payloads import DriftFound
@@ -59,9 +55,6 @@ from ssmd_dagster.workflows.start import START
 from ssmd_dagster.workflows.verify_sealed import Verification, verify_sealed, verify_store
 from ssmd_dagster.workflows.views import DayView, history, show, status
 
-if TYPE_CHECKING:
-    pass
-
 _reason_option = click.option("--reason", help="Why; kept in the journal.")
 
 MOST_SPEED = 10_000
@@ -77,6 +70,7 @@ def day_group() -> None:
 day_group.add_command(backfill_command)
 day_group.add_command(events_command)
 day_group.add_command(report_command)
+day_group.add_command(watch_command)
 
 
 @day_group.command("status")
@@ -93,20 +87,7 @@ def status_command(env: str, date: str | None, as_json: bool) -> None:
     if as_json:
         print_json({**view.to_json(env), "paused": plain_pause(paused)})
         return
-    click.echo(f"Environment: {env}")
-    click.echo(f"Trading Day: {view.day.date}")
-    click.echo(f"State: {view.state}")
-    if view.day.started_ns is not None:
-        ago = duration(view.at_ns - view.day.started_ns)
-        click.echo(f"Started: {rfc3339(view.day.started_ns)} ({ago} ago)")
-    click.echo(f"Messages: {thousands(view.messages)}")
-    click.echo(f"Gaps: {view.gaps}")
-    print_maintenance(env, view)
-    if view.error:
-        click.echo(f"Error: {view.error}")
-        print_next_command(env, view)
-    if paused is not None:
-        click.echo(f"Schedules: {paused_text(paused)}; ssmd env resume {env}")
+    print_status(env, view, paused)
 
 
 @day_group.command("start")

@@ -12,13 +12,14 @@ from ssmd_dagster.cli.output import (
     duration,
     mark,
     message,
+    paused_text,
     rfc3339,
     thousands,
     time_of_day,
     to_the_minute,
 )
 from ssmd_dagster.day.checks import drift_words
-from ssmd_dagster.day.events import Gap
+from ssmd_dagster.day.events import Gap, Paused
 from ssmd_dagster.day.health import unknown_words
 from ssmd_dagster.day.ledger import Ledger
 from ssmd_dagster.day.maintenance import described
@@ -179,6 +180,24 @@ def _count(count: int | None) -> str:
     return "not computed" if count is None else thousands(count)
 
 
+def print_status(env: str, view: DayView, paused: Paused | None) -> None:
+    """Print a day's status, and who has paused the environment."""
+    click.echo(f"Environment: {env}")
+    click.echo(f"Trading Day: {view.day.date}")
+    click.echo(f"State: {view.state}")
+    if view.day.started_ns is not None:
+        ago = duration(view.at_ns - view.day.started_ns)
+        click.echo(f"Started: {rfc3339(view.day.started_ns)} ({ago} ago)")
+    click.echo(f"Messages: {thousands(view.messages)}")
+    click.echo(f"Gaps: {view.gaps}")
+    print_maintenance(env, view)
+    if view.error:
+        click.echo(f"Error: {view.error}")
+        print_next_command(env, view)
+    if paused is not None:
+        click.echo(f"Schedules: {paused_text(paused)}; ssmd env resume {env}")
+
+
 def print_maintenance(env: str, view: DayView) -> None:
     """Print the windows of maintenance that the exchange has announced for the day, if any."""
     if view.maintenance:
@@ -189,7 +208,7 @@ def print_next_command(env: str, view: DayView) -> None:
     """Print which command brings a day on that failed or is in error."""
     if view.state is DayState.FAILED:
         date = view.day.date
-        if view.day.mode == "replay":  # it is over: a start would leave it ACTIVE
+        if view.day.mode == "replay" or (view.over and not view.day.ever_active):  # a start would leave it ACTIVE
             click.echo(f"Next: ssmd day backfill {env} --from {date} --to {date}")
         else:
             click.echo(f"Next: ssmd day {'end' if view.day.ever_active else 'start'} {env} --date {date}")

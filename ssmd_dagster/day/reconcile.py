@@ -108,10 +108,14 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Permission(msgspec.Struct, frozen=True, kw_only=True):
-    """Whether an ask may become a run now: `attempt` is its number, or None, and then `why_not` says why."""
+    """Whether an ask may become a run now: `attempt` is its number, or None, and then `why_not` says why.
+
+    `given_up`: it will not be asked for again before a person acts.
+    """
 
     attempt: int | None = None
     why_not: str = ""
+    given_up: bool = False
 
 
 def plan(env: str, book: Book, calendar: TradingCalendar, now_ns: int, facts: Facts = Facts()) -> Plan:  # noqa: B008 - frozen
@@ -142,13 +146,24 @@ def permission(verb: Verb, runs: Sequence[Run], now_s: float) -> Permission:
             break
         failed += 1
     if failed >= MOST_TRIES[verb]:
-        return Permission(why_not=f"{failed} runs of it failed; a person is needed")
+        return Permission(why_not=f"{failed} runs of it failed; a person is needed", given_up=True)
     if failed and runs[0].ended_s is not None:
         wait_s = 60 * BACK_OFF_MIN[min(failed, len(BACK_OFF_MIN)) - 1]
         left_s = runs[0].ended_s + wait_s - now_s
         if left_s > 0:
             return Permission(why_not=f"{failed} failed; the next one in {left_s:.0f} s")
     return Permission(attempt=len(runs) + 1)
+
+
+def command_of(verb: Verb, env: str, date: str) -> str:
+    """Return the command that does what an ask would have done."""
+    match verb:
+        case "replay":
+            return f"ssmd day backfill {env} --from {date} --to {date}"
+        case "roll":
+            return f"ssmd day roll {env}"
+        case _:
+            return f"ssmd day {verb} {env} --date {date}"
 
 
 def covered_by(book: Book, calendar: TradingCalendar, date: Date, facts: Facts) -> str | None:
@@ -327,10 +342,8 @@ class _Planning:
             return
         self._asks.append(Ask(verb=verb, date=date.isoformat(), why=why))
 
-    def _flag(self, date: Date, kind: Literal["late", "stuck"], cause: str, verb: str) -> None:
-        command = f"ssmd day {verb} {self._env} --date {date}"
-        if verb == "replay":
-            command = f"ssmd day backfill {self._env} --from {date} --to {date}"
+    def _flag(self, date: Date, kind: Literal["late", "stuck"], cause: str, verb: Verb) -> None:
+        command = command_of(verb, self._env, date.isoformat())
         self._flags.append(Flag(date=date.isoformat(), kind=kind, cause=cause, command=command))
 
     def _late_start(self, date: Date, cause: str) -> None:

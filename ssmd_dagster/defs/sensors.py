@@ -19,7 +19,7 @@ from typing import Any
 
 import dagster as dg
 
-from ssmd_dagster.day.reconcile import Ask, Plan, Run, permission
+from ssmd_dagster.day.reconcile import Ask, Flag, Run, command_of, permission
 from ssmd_dagster.defs.assets import is_judged, is_made, is_shown, materialisations, observation
 from ssmd_dagster.defs.checks import evaluations
 from ssmd_dagster.defs.lost import fail_lost_runs
@@ -190,7 +190,7 @@ def _health_sensor(
                     said.append(f"{name} {date} is in ERROR and the environment is paused: {cause}")
                     continue
                 ask = Ask(verb="recover", date=date, why=cause)
-                requests += _requested(context.instance, environments[name], ask, said)
+                requests += _requested(context.instance, environments[name], ask, said, [])
         return dg.SensorResult(
             run_requests=requests,
             skip_reason=None if requests else _said("; ".join(said) or "all well", found, environments),
@@ -237,10 +237,11 @@ def _reconcile_sensor(
             said += [f"{name} {entry.date}: {entry.reason}" for entry in made.missed]
             said += [f"{name}: {text}" for text in made.waiting]
             said += [f"{name} {flag.date} is {flag.kind}: {flag.cause} ({flag.command})" for flag in made.flags]
-            _tell(name, made, told, targets[name])
+            flags = list(made.flags)
             for ask in made.asks:
                 if ask.verb in jobs[name]:
-                    requests += _requested(context.instance, environments[name], ask, said)
+                    requests += _requested(context.instance, environments[name], ask, said, flags)
+            _tell(name, flags, told, targets[name])
         return dg.SensorResult(
             run_requests=requests,
             skip_reason=None
@@ -260,9 +261,9 @@ def _lost_runs(instance: dg.DagsterInstance) -> list[str]:
         return [f"runs cannot be looked after: {error}"]
 
 
-def _tell(name: str, made: Plan, told: dict[str, list[str]], targets: Sequence[Target]) -> None:
+def _tell(name: str, flags: Sequence[Flag], told: dict[str, list[str]], targets: Sequence[Target]) -> None:
     """Send what is flagged, each thing once for as long as it stays."""
-    flagged = {f"{flag.date} {flag.kind}": flag for flag in made.flags}
+    flagged = {f"{flag.date} {flag.kind}": flag for flag in flags}
     before = told.get(name, [])
     alerts.send([alerts.of_flag(name, flag) for mark, flag in flagged.items() if mark not in before], targets)
     told[name] = sorted(flagged)
@@ -313,12 +314,15 @@ def _run_sensors(environments: Environments, watch: Watch) -> list[dg.SensorDefi
 
 
 def _requested(
-    instance: dg.DagsterInstance, environment: Environment, ask: Ask, said: list[str]
+    instance: dg.DagsterInstance, environment: Environment, ask: Ask, said: list[str], flags: list[Flag]
 ) -> list[dg.RunRequest]:
-    """Return the request that an ask becomes now, or say why it becomes none."""
+    """Return the request that an ask becomes now, or say why it becomes none; one that is given up is flagged, too."""
     job = f"{environment.slug}_{ask.verb}_day"
     runs = runs_of(instance, job, ask.date)
     allowed = permission(ask.verb, runs, time.time())
+    if allowed.given_up:
+        cause, command = f"{ask.why}; {allowed.why_not}", command_of(ask.verb, environment.name, ask.date)
+        flags.append(Flag(date=ask.date, kind="stuck", cause=cause, command=command))
     why_not = allowed.why_not or _in_the_way(instance, environment, ask)
     if why_not:
         said.append(f"{environment.name} {ask.date} needs {ask.verb} ({ask.why}): {why_not}")

@@ -56,7 +56,7 @@ def _verb_for(desk: Desk, day: TradingDay) -> Verb:
             raise RefusedError(
                 f"trading day {day.date} is {day.state} and over: nothing was recorded that could be recovered",
                 where=desk.env,
-                do=f"Build it from the exchange's history: `ssmd day start {desk.env} --date {day.date} --mode replay`.",
+                do=f"Build it from the exchange's history: `ssmd day backfill {desk.env} --from {day.date} --to {day.date}`.",
             )
         case _:
             return START

@@ -24,7 +24,7 @@ from ssmd_dagster.workflows.recover import troubles
 class DayView(msgspec.Struct, frozen=True, kw_only=True):
     """One day as it is shown. `state` is ERROR where its processes are gone, journaled or not; `error` says why.
 
-    `maintenance` is what the exchange has announced for the day; of a COMPLETE one its gaps tell.
+    `over`: its window has closed. `maintenance` is what the exchange has announced for the day; of a COMPLETE one its gaps tell.
     """
 
     day: TradingDay
@@ -35,6 +35,7 @@ class DayView(msgspec.Struct, frozen=True, kw_only=True):
     stats: DayStats | None
     components: dict[str, dict[str, Any]]
     at_ns: int
+    over: bool = False
     maintenance: tuple[Window, ...] = ()
 
     @property
@@ -127,6 +128,7 @@ async def view(desk: Desk, day: TradingDay) -> DayView:
     elif day.state is DayState.ENDING and (held_up := components.get(ARCHIVER, {}).get("error")):
         error = f"{ARCHIVER}: {held_up}"  # the end waits until it can go on
     counted = stats.messages if stats is not None else 0
+    now_ns = desk.setting.clock()
     return DayView(
         day=day,
         state=state,
@@ -135,7 +137,8 @@ async def view(desk: Desk, day: TradingDay) -> DayView:
         gaps=len(day.gaps),
         stats=stats,
         components=components,
-        at_ns=desk.setting.clock(),
+        at_ns=now_ns,
+        over=desk.window(day).close_ns <= now_ns,
         maintenance=touching(windows, desk.window(day)),
     )
 

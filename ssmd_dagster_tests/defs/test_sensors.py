@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import dagster as dg
 import pytest
@@ -19,7 +19,7 @@ from ssmd_dagster.capture.setting import load_setting
 from ssmd_dagster.capture.supervisord import connect_supervisor
 from ssmd_dagster.day import health
 from ssmd_dagster.day.payloads import Failed, StartRequested
-from ssmd_dagster.day.reconcile import Ask
+from ssmd_dagster.day.reconcile import MOST_TRIES, Ask, Flag, Run
 from ssmd_dagster.day.states import EventName
 from ssmd_dagster.defs import sensors
 from ssmd_dagster.defs.build import build_definitions
@@ -284,11 +284,27 @@ def test_a_day_whose_runs_are_many_is_asked_for_under_a_new_key(
     for number in range(3):
         run = instance.create_run_for_job(quiet_recover_day, tags={"dagster/partition": "2026-01-01"})
         said: list[str] = []
-        assert sensors._requested(instance, environment, ask, said) == []
+        assert sensors._requested(instance, environment, ask, said, []) == []
         assert said == ["quiet 2026-01-01 needs recover (it is in ERROR): a run of it is queued or running"]
         instance.report_run_failed(run)
-        (request,) = sensors._requested(instance, environment, ask, said)
+        (request,) = sensors._requested(instance, environment, ask, said, [])
         assert request.run_key == f"quiet:2026-01-01:recover:{number + 2}"
+
+
+def test_what_is_asked_for_no_more_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once its runs have failed so often, a person is told, with the command that does it."""
+    monkeypatch.setattr(sensors, "runs_of", lambda *_: [Run(ended_s=0.0, succeeded=False)] * MOST_TRIES["replay"])
+    environment: Any = SimpleNamespace(name="quiet", slug="quiet")
+    flags: list[Flag] = []
+    ask = Ask(verb="replay", date="2026-01-01", why="its end was cut off")
+    assert sensors._requested(cast("dg.DagsterInstance", None), environment, ask, [], flags) == []
+    assert [(flag.kind, flag.cause, flag.command) for flag in flags] == [
+        (
+            "stuck",
+            "its end was cut off; 3 runs of it failed; a person is needed",
+            "ssmd day backfill quiet --from 2026-01-01 --to 2026-01-01",
+        )
+    ]
 
 
 def test_a_run_that_was_killed_is_told_to_its_day(looking_idly: Dagster, in_house: House, idle: str) -> None:

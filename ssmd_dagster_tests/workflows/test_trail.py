@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 from itertools import pairwise
 from typing import Any
 
@@ -15,14 +16,15 @@ from ssmd_dagster.stores.connect import connect
 from ssmd_dagster_tests.house import House
 
 
-@pytest.fixture
-def played(house: House, env_name: str) -> str:
+@pytest.fixture(scope="module")
+def played(house: House) -> str:
     """An environment with one day that was started and ended by force: some thirty events."""
-    house.add(env_name, simulator={"seed": 7, "markets": 10, "rate_per_second": 20})
-    house.up(env_name)
-    house.ssmd("day", "start", env_name, "--reason", "a test")
-    house.ssmd("day", "end", env_name, "--force", check=None)
-    return env_name
+    env = "played"
+    house.add(env, simulator={"seed": 7, "markets": 10, "rate_per_second": 20})
+    house.up(env)
+    house.ssmd("day", "start", env, "--reason", "a test")
+    house.ssmd("day", "end", env, "--force", check=None)
+    return env
 
 
 async def _stores(house: House, env: str, work: Any) -> Any:
@@ -31,6 +33,37 @@ async def _stores(house: House, env: str, work: Any) -> Any:
         return await work(stores)
 
 
+def test_history_and_show_need_nothing_but_the_journal(house: House, played: str) -> None:
+    """With every key of the cache gone they say what they said before."""
+    before = house.ssmd("day", "history", played).stdout, house.ssmd("day", "show", played, house.today()).stdout
+
+    async def flush(stores: Any) -> None:
+        await stores.redis.flushdb()
+
+    asyncio.run(_stores(house, played, flush))
+    after = house.ssmd("day", "history", played).stdout, house.ssmd("day", "show", played, house.today()).stdout
+    assert after == before
+    assert "COMPLETE" in after[0]
+
+
+def test_a_day_is_watched_until_it_is_enough(house: House, played: str) -> None:
+    """A line a look where nobody sits before it, JSON where that is asked for; interrupted it ends with 130."""
+    for more, has in (((), f"{house.today()}  COMPLETE  "), (("--json",), '"state":"COMPLETE"')):
+        watching = house.spawn("day", "watch", played, "--every", "0.5", *more)
+        assert watching.stdout is not None
+        assert watching.stderr is not None
+        try:
+            assert all(has in watching.stdout.readline() for _ in range(2))
+            watching.send_signal(signal.SIGINT)
+            assert watching.wait(timeout=10) == 130
+        finally:
+            watching.kill()
+            watching.wait()
+            watching.stdout.close()
+            watching.stderr.close()
+
+
+# Last: it forges an event.
 def test_the_audit_trail_shows_who_did_what_and_where_its_chain_breaks(house: House, played: str) -> None:
     """Every event in order with states, actor and reason; as JSON lines; of one day; a forged event is named, exit code 1."""
     shown = house.ssmd("day", "events", played)
@@ -64,16 +97,3 @@ def test_the_audit_trail_shows_who_did_what_and_where_its_chain_breaks(house: Ho
     broken = house.ssmd("day", "events", played, check=1)
     assert len(broken.stdout.splitlines()) == len(lines) + 1
     assert f"broken at sequence {len(lines) + 2}" in broken.stderr
-
-
-def test_history_and_show_need_nothing_but_the_journal(house: House, played: str) -> None:
-    """With every key of the cache gone they say what they said before."""
-    before = house.ssmd("day", "history", played).stdout, house.ssmd("day", "show", played, house.today()).stdout
-
-    async def flush(stores: Any) -> None:
-        await stores.redis.flushdb()
-
-    asyncio.run(_stores(house, played, flush))
-    after = house.ssmd("day", "history", played).stdout, house.ssmd("day", "show", played, house.today()).stdout
-    assert after == before
-    assert "COMPLETE" in after[0]
