@@ -83,7 +83,7 @@ def status_command(env: str, date: str | None, as_json: bool) -> None:
     async def body(desk: Desk) -> tuple[DayView, Paused | None]:
         return await status(desk, _checked_date(date)), desk.book.book.paused
 
-    view, paused = with_desk(env, body)
+    view, paused = with_desk(env, body, needs_cache=False)
     if as_json:
         print_json({**view.to_json(env), "paused": plain_pause(paused)})
         return
@@ -220,7 +220,7 @@ def recover_command(env: str, date: str | None, reason: str | None, as_json: boo
 @json_option
 def history_command(env: str, limit: int, as_json: bool) -> None:
     """List trading days from the journal, newest first."""
-    views = with_desk(env, lambda desk: history(desk, limit))
+    views = with_desk(env, lambda desk: history(desk, limit), needs_cache=False)
     if as_json:
         print_json({"environment": env, "days": [view.to_json(env) for view in views]})
         return
@@ -242,7 +242,7 @@ def show_command(ctx: click.Context, words: tuple[str, ...], date: str | None, e
         sampled = view.state is DayState.ACTIVE and not as_json
         return view, await newest_drift(desk, date) if sampled else None
 
-    view, newest = with_desk(env, body)
+    view, newest = with_desk(env, body, needs_cache=False)
     if as_json:
         print_json(view.to_json(env))
         return

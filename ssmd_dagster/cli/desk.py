@@ -47,12 +47,14 @@ def actor() -> str:
     return f"cli:{getpass.getuser()}@{socket.gethostname()}"
 
 
-def with_desk(env: str, body: Callable[[Desk], Awaitable[_T]], report: Report = report_nothing) -> _T:
-    """Run `body` with a desk of the environment, connected for its length."""
+def with_desk(
+    env: str, body: Callable[[Desk], Awaitable[_T]], report: Report = report_nothing, *, needs_cache: bool = True
+) -> _T:
+    """Run `body` with a desk of the environment, connected for its length; to look at days needs no cache."""
     setting = load_setting(env)
 
     async def run() -> _T:
-        async with open_desk(setting, actor(), report) as desk:
+        async with open_desk(setting, actor(), report, needs_cache=needs_cache) as desk:
             return await body(desk)
 
     return asyncio.run(run())

@@ -37,7 +37,7 @@ def events_command(env: str, date: str | None, following: bool, as_json: bool) -
             await follow(desk, trail.last_seq, lambda stored: _show(stored, day, as_json))
         return trail
 
-    trail = with_desk(env, body)
+    trail = with_desk(env, body, needs_cache=False)
     return int(ExitCode.OK if trail.broken is None else ExitCode.FAILURE)
 
 

@@ -48,7 +48,7 @@ async def _watch(env: str, date: str | None, every_s: float, as_json: bool) -> N
     before: DayView | None = None
     while True:
         try:
-            async with open_desk(setting, actor()) as desk:
+            async with open_desk(setting, actor(), needs_cache=False) as desk:
                 while True:
                     view = await status(desk, date)
                     _show(env, view, before, desk.book.book.paused, as_json)

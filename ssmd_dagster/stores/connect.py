@@ -95,11 +95,12 @@ class Stores:
 
 @asynccontextmanager
 async def connect(
-    env: Environment, home: Path, secrets: Mapping[str, str], *, name: str = "ssmd"
+    env: Environment, home: Path, secrets: Mapping[str, str], *, name: str = "ssmd", needs_cache: bool = True
 ) -> AsyncIterator[Stores]:
     """Open the stores of `env`, and close them at exit. `name` is what the servers list the client as.
 
-    Once connected, the clients of NATS and Redis connect again by themselves for as long as they are open.
+    Once connected, the clients of NATS and Redis connect again by themselves for as long as they are open. Who only reads
+    the journal does not need the cache: then Redis is not waited for, and whatever asks it may raise `UnreachableError`.
 
     Raises:
         UnreachableError: NATS or Redis does not answer within 3 s; names host and port and what to do.
@@ -125,6 +126,7 @@ async def connect(
                 redis_password,
                 name=name,
                 do=embedded if env.cache.type == "embedded" else "Check cache.url of the environment",
+                waits=needs_cache,
             )
         )
         js = nc.jetstream()
@@ -269,9 +271,9 @@ async def connect_nats(
 
 @asynccontextmanager
 async def connect_redis(
-    url: str, password: str | None, *, name: str, do: str = "Check that the server runs"
+    url: str, password: str | None, *, name: str, do: str = "Check that the server runs", waits: bool = True
 ) -> AsyncIterator[redis.asyncio.Redis]:
-    """Connect to Redis, wait for its first answer, and close the client at exit. Answers are bytes.
+    """Connect to Redis, wait for its first answer if that is wanted, and close the client at exit. Answers are bytes.
 
     Raises:
         UnreachableError: Nobody answers; `do` is the error's advice.
@@ -287,9 +289,10 @@ async def connect_redis(
         retry=Retry(ExponentialBackoff(cap=0.5, base=0.05), retries=1),
     )
     try:
-        with redis_errors(client, do=do):
-            async with asyncio.timeout(CONNECT_TIMEOUT_S):
-                await client.ping()
+        if waits:
+            with redis_errors(client, do=do):
+                async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                    await client.ping()
         yield client
     finally:
         await client.aclose()

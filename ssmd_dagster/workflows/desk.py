@@ -86,12 +86,14 @@ class Desk:
 
 
 @contextlib.asynccontextmanager
-async def open_desk(setting: Setting, actor: str, report: Report = report_nothing) -> AsyncIterator[Desk]:
-    """Connect to everything that a verb needs; close it again at exit.
+async def open_desk(
+    setting: Setting, actor: str, report: Report = report_nothing, *, needs_cache: bool = True
+) -> AsyncIterator[Desk]:
+    """Connect to everything that a verb needs, the cache excepted where it only looks; close it again at exit.
 
     Raises `UnreachableError` or `ConfigurationError`, naming the server, where one cannot be used.
     """
-    async with connect(setting.env, setting.home, setting.secrets, name=actor) as stores:
+    async with connect(setting.env, setting.home, setting.secrets, name=actor, needs_cache=needs_cache) as stores:
         yield Desk(
             setting=setting,
             stores=stores,

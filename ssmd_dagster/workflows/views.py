@@ -14,7 +14,7 @@ from ssmd_dagster.day.ledger import Ledger
 from ssmd_dagster.day.maintenance import touching
 from ssmd_dagster.day.payloads import DriftFound
 from ssmd_dagster.day.states import DayState
-from ssmd_dagster.errors import NotFoundError
+from ssmd_dagster.errors import NotFoundError, UnreachableError
 from ssmd_dagster.exchange import OTHER
 from ssmd_dagster.stores.cache import DayStats
 from ssmd_dagster.workflows.desk import Desk
@@ -114,13 +114,22 @@ def _day_of(desk: Desk, book: Book, date: str) -> TradingDay:
 
 
 async def view(desk: Desk, day: TradingDay) -> DayView:
-    """Return a day with live counts and the state that its processes' heartbeats bear out."""
-    windows = await desk.stores.cache.maintenance() if day.state is not DayState.COMPLETE else ()
+    """Return a day with live counts and the state that its processes' heartbeats bear out, as far as the cache answers."""
     running = day.state in (DayState.STARTING, DayState.ACTIVE, DayState.ERROR, DayState.ENDING)
-    stats = await desk.stores.cache.stats(day.date) if running else None
-    components = await desk.stores.cache.heartbeats(day.date) if running else {}
+    windows: tuple[Window, ...] = ()
+    stats, components, cache_error = None, {}, None
+    try:
+        if day.state is not DayState.COMPLETE:
+            windows = await desk.stores.cache.maintenance()
+        if running:
+            stats = await desk.stores.cache.stats(day.date)
+            components = await desk.stores.cache.heartbeats(day.date)
+    except UnreachableError as unreachable:
+        cache_error = str(unreachable)
     state, error = day.state, day.error
-    if day.state is DayState.ACTIVE and (found := troubles(desk.setting.env, components, day.mode)):
+    if cache_error is not None:
+        error = error or f"how it fares is not known: {cache_error}"
+    elif day.state is DayState.ACTIVE and (found := troubles(desk.setting.env, components, day.mode)):
         error = "; ".join(found)
         needed = day_components(desk.setting.env, day.mode)
         if any(name not in components or components[name].get("state") == "error" for name in needed):

@@ -15,12 +15,14 @@ from ssmd_dagster.environments.secrets import load_secrets
 from ssmd_dagster.stores.connect import connect
 from ssmd_dagster_tests.house import House
 
+SETTINGS: dict[str, Any] = {"simulator": {"seed": 7, "markets": 10, "rate_per_second": 20}}
+
 
 @pytest.fixture(scope="module")
 def played(house: House) -> str:
     """An environment with one day that was started and ended by force: some thirty events."""
     env = "played"
-    house.add(env, simulator={"seed": 7, "markets": 10, "rate_per_second": 20})
+    house.add(env, **SETTINGS)
     house.up(env)
     house.ssmd("day", "start", env, "--reason", "a test")
     house.ssmd("day", "end", env, "--force", check=None)
@@ -34,7 +36,7 @@ async def _stores(house: House, env: str, work: Any) -> Any:
 
 
 def test_history_and_show_need_nothing_but_the_journal(house: House, played: str) -> None:
-    """With every key of the cache gone they say what they said before."""
+    """With every key of the cache gone they say what they said before, and with Redis gone, too."""
     before = house.ssmd("day", "history", played).stdout, house.ssmd("day", "show", played, house.today()).stdout
 
     async def flush(stores: Any) -> None:
@@ -44,6 +46,15 @@ def test_history_and_show_need_nothing_but_the_journal(house: House, played: str
     after = house.ssmd("day", "history", played).stdout, house.ssmd("day", "show", played, house.today()).stdout
     assert after == before
     assert "COMPLETE" in after[0]
+    house.add(played, **SETTINGS, cache={"type": "redis", "url": "redis://127.0.0.1:1/0"})
+    try:
+        away = house.ssmd("day", "history", played).stdout, house.ssmd("day", "show", played, house.today()).stdout
+        assert "State: COMPLETE" in house.ssmd("day", "status", played).stdout
+        assert "completed ENDING → COMPLETE" in house.ssmd("day", "events", played).stdout
+        house.ssmd("day", "start", played, check=7)
+    finally:
+        house.add(played, **SETTINGS)
+    assert away == before
 
 
 def test_a_day_is_watched_until_it_is_enough(house: House, played: str) -> None:

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 from ssmd_dagster.day.calendar import Window
 from ssmd_dagster.day.states import DayState, EventName
+from ssmd_dagster.errors import UnreachableError
 from ssmd_dagster.workflows.desk import Desk
 from ssmd_dagster.workflows.views import view
 from ssmd_dagster_tests.day.builders import ENV, started
@@ -37,3 +38,21 @@ async def test_an_end_that_is_held_up_says_by_what() -> None:
     assert (seen.state, seen.error) == (DayState.ENDING, f"archiver: {beat['error']}")
     beat.clear()
     assert (await view(cast("Desk", desk), log.day())).error is None
+
+
+async def test_a_day_whose_cache_is_away_is_what_the_journal_says() -> None:
+    """Its processes may be well: it is not called an ERROR, and what is not known is said."""
+
+    async def away(*_: Any) -> Any:
+        raise UnreachableError("no answer", where="Redis at localhost:1")
+
+    desk = SimpleNamespace(
+        env=ENV,
+        window=lambda _day: Window(open_ns=0, close_ns=1),
+        setting=SimpleNamespace(env=None, clock=lambda: 9),
+        stores=SimpleNamespace(cache=SimpleNamespace(maintenance=away, stats=away, heartbeats=away)),
+    )
+    seen = await view(cast("Desk", desk), started().day())
+    assert seen.state is DayState.ACTIVE
+    assert seen.error is not None
+    assert seen.error.startswith("how it fares is not known: no answer")
