@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -131,8 +132,7 @@ async def view(desk: Desk, day: TradingDay) -> DayView:
         error = error or f"how it fares is not known: {cache_error}"
     elif day.state is DayState.ACTIVE and (found := troubles(desk.setting.env, components, day.mode)):
         error = "; ".join(found)
-        needed = day_components(desk.setting.env, day.mode)
-        if any(name not in components or components[name].get("state") == "error" for name in needed):
+        if any(_stands_still(components.get(name)) for name in day_components(desk.setting.env, day.mode)):
             state = DayState.ERROR
     elif day.state is DayState.ENDING and (held_up := components.get(ARCHIVER, {}).get("error")):
         error = f"{ARCHIVER}: {held_up}"  # the end waits until it can go on
@@ -150,6 +150,11 @@ async def view(desk: Desk, day: TradingDay) -> DayView:
         over=desk.window(day).close_ns <= now_ns,
         maintenance=touching(windows, desk.window(day)),
     )
+
+
+def _stands_still(beat: Mapping[str, Any] | None) -> bool:
+    """Tell whether a process is gone, or cannot go on; one that has ended for good has left its last words."""
+    return beat is None or beat.get("state") == "error" or beat.get("exit_code") is not None
 
 
 def ledger_of(day: TradingDay) -> Ledger | None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any, cast
 
+from ssmd_dagster.capture.programs import day_components
 from ssmd_dagster.day.calendar import Window
 from ssmd_dagster.day.states import DayState, EventName
+from ssmd_dagster.environments.loader import load_registry
 from ssmd_dagster.errors import UnreachableError
 from ssmd_dagster.workflows.desk import Desk
 from ssmd_dagster.workflows.views import view
@@ -56,3 +58,31 @@ async def test_a_day_whose_cache_is_away_is_what_the_journal_says() -> None:
     assert seen.state is DayState.ACTIVE
     assert seen.error is not None
     assert seen.error.startswith("how it fares is not known: no answer")
+
+
+async def test_a_process_that_has_ended_for_good_makes_the_day_an_error() -> None:
+    """Its last words stay behind it for a day: they are no sign of life."""
+    env = load_registry().environments["kalshi-sim"]
+    beats: dict[str, dict[str, Any]] = {
+        name: {"state": "well", "error": None, "exit_code": None} for name in day_components(env, "live")
+    }
+
+    async def none(*_: Any) -> Any:
+        return None
+
+    async def no_windows() -> tuple[Window, ...]:
+        return ()
+
+    async def heartbeats(_date: str) -> dict[str, dict[str, Any]]:
+        return beats
+
+    desk = SimpleNamespace(
+        env=ENV,
+        window=lambda _day: Window(open_ns=0, close_ns=1),
+        setting=SimpleNamespace(env=env, clock=lambda: 9),
+        stores=SimpleNamespace(cache=SimpleNamespace(maintenance=no_windows, stats=none, heartbeats=heartbeats)),
+    )
+    assert (await view(cast("Desk", desk), started().day())).state is DayState.ACTIVE
+    beats["connector-a"] = {"state": "refused", "error": "the exchange refused the credentials", "exit_code": 8}
+    seen = await view(cast("Desk", desk), started().day())
+    assert (seen.state, seen.error) == (DayState.ERROR, "connector-a: the exchange refused the credentials")
