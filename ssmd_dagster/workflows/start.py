@@ -161,9 +161,11 @@ async def finish(attempt: Attempt) -> TradingDay:
         EventName.STARTED, Started(open_ns=opened_ns, markets=markets, connections=len(connectors))
     )
     open_ns = desk.window(started).open_ns
-    if first_time and open_ns < now_ns and day.open_ns is None and not await _still_recorded(desk, date):
+    if first_time and open_ns < now_ns and day.open_ns is None:
+        until_ns = min(now_ns, await _recorded_since(desk, date) or now_ns)
         windows = await desk.stores.cache.maintenance()
-        for number, (from_ns, to_ns, cause) in enumerate(pieces(open_ns, now_ns, windows, "late_start"), start=1):
+        late = pieces(open_ns, until_ns, windows, "late_start") if open_ns < until_ns else []
+        for number, (from_ns, to_ns, cause) in enumerate(late, start=1):
             gap_id = f"gap-{day.epoch}-late-start" + (f"-{number}" if number > 1 else "")
             await attempt.journal(EventName.GAP_OPENED, GapOpened(gap_id=gap_id, cause=cause, from_ns=from_ns))
             started = await attempt.journal(
@@ -172,18 +174,22 @@ async def finish(attempt: Attempt) -> TradingDay:
     return started
 
 
-async def _still_recorded(desk: Desk, date: str) -> bool:
-    """Tell whether an earlier day records on until its end, and so what came before this one was up.
+async def _recorded_since(desk: Desk, date: str) -> int | None:
+    """Return since when an earlier day's connectors, which record on until its end, are up; None where there are none.
 
-    The journal says ACTIVE also of a day whose machine was switched off: its connectors must live.
+    The journal says ACTIVE also of a day whose machine was switched off, and for some seconds its heartbeats stand: the
+    supervisor must have its connectors.
     """
     for before in desk.book.book.days.values():
         if before.date < date and before.mode == "live" and before.state is DayState.ACTIVE:
             beats = await desk.stores.cache.heartbeats(before.date)
-            names = connector_names(desk.setting.env)
-            if all(name in beats and beats[name].get("exit_code") is None for name in names):
-                return True
-    return False
+            group = await desk.supervisor.states(day_group(desk.env, before.date))
+            alive = {state.name for state in group if state.alive}
+            own = [beats.get(name, {}) for name in connector_names(desk.setting.env) if name in alive]
+            up_ns = [beat["up_ns"] for beat in own if beat.get("exit_code") is None and beat.get("up_ns") is not None]
+            if len(up_ns) == len(connector_names(desk.setting.env)):
+                return int(max(up_ns))
+    return None
 
 
 async def wait_until(desk: Desk, at_ns: int) -> None:
