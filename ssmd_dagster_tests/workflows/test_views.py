@@ -15,46 +15,55 @@ from ssmd_dagster.workflows.views import view
 from ssmd_dagster_tests.day.builders import ENV, started
 
 
+class Cache:
+    """A cache that has heartbeats and nothing else, or, with None, does not answer."""
+
+    def __init__(self, beats: dict[str, dict[str, Any]] | None) -> None:
+        self.beats = beats
+
+    async def maintenance(self) -> tuple[Window, ...]:
+        """Return that nothing is announced."""
+        await self.heartbeats("")
+        return ()
+
+    async def stats(self, _date: str) -> None:
+        """Return that nothing is counted."""
+
+    async def heartbeats(self, _date: str) -> dict[str, dict[str, Any]]:
+        """Return the heartbeats."""
+        if self.beats is None:
+            raise UnreachableError("no answer", where="Redis at localhost:1")
+        return self.beats
+
+
+def desk_with(beats: dict[str, dict[str, Any]] | None) -> Desk:
+    """A desk of the simulated environment over such a cache."""
+    return cast(
+        "Desk",
+        SimpleNamespace(
+            env=ENV,
+            window=lambda _day: Window(open_ns=0, close_ns=1),
+            setting=SimpleNamespace(env=load_registry().environments["kalshi-sim"], clock=lambda: 9),
+            stores=SimpleNamespace(cache=Cache(beats)),
+        ),
+    )
+
+
 async def test_an_end_that_is_held_up_says_by_what() -> None:
     """A full disk under the archiver is seen in the day's status, not only by whoever asked for the end."""
     log = started()
     log.add(EventName.END_REQUESTED, epoch=log.day().epoch)
     beat = {"error": "cannot be written: No space left on device"}
-
-    async def answer(*_: Any) -> Any:
-        return None
-
-    async def no_windows() -> tuple[Window, ...]:
-        return ()
-
-    async def beats(_date: str) -> dict[str, dict[str, Any]]:
-        return {"archiver": beat, "connector-a": {"error": None}}
-
-    desk = SimpleNamespace(
-        env=ENV,
-        window=lambda _day: Window(open_ns=0, close_ns=1),
-        setting=SimpleNamespace(env=None, clock=lambda: 9),
-        stores=SimpleNamespace(cache=SimpleNamespace(maintenance=no_windows, stats=answer, heartbeats=beats)),
-    )
-    seen = await view(cast("Desk", desk), log.day())
+    desk = desk_with({"archiver": beat, "connector-a": {"error": None}})
+    seen = await view(desk, log.day())
     assert (seen.state, seen.error) == (DayState.ENDING, f"archiver: {beat['error']}")
     beat.clear()
-    assert (await view(cast("Desk", desk), log.day())).error is None
+    assert (await view(desk, log.day())).error is None
 
 
 async def test_a_day_whose_cache_is_away_is_what_the_journal_says() -> None:
     """Its processes may be well: it is not called an ERROR, and what is not known is said."""
-
-    async def away(*_: Any) -> Any:
-        raise UnreachableError("no answer", where="Redis at localhost:1")
-
-    desk = SimpleNamespace(
-        env=ENV,
-        window=lambda _day: Window(open_ns=0, close_ns=1),
-        setting=SimpleNamespace(env=None, clock=lambda: 9),
-        stores=SimpleNamespace(cache=SimpleNamespace(maintenance=away, stats=away, heartbeats=away)),
-    )
-    seen = await view(cast("Desk", desk), started().day())
+    seen = await view(desk_with(None), started().day())
     assert seen.state is DayState.ACTIVE
     assert seen.error is not None
     assert seen.error.startswith("how it fares is not known: no answer")
@@ -62,27 +71,10 @@ async def test_a_day_whose_cache_is_away_is_what_the_journal_says() -> None:
 
 async def test_a_process_that_has_ended_for_good_makes_the_day_an_error() -> None:
     """Its last words stay behind it for a day: they are no sign of life."""
-    env = load_registry().environments["kalshi-sim"]
-    beats: dict[str, dict[str, Any]] = {
-        name: {"state": "well", "error": None, "exit_code": None} for name in day_components(env, "live")
-    }
-
-    async def none(*_: Any) -> Any:
-        return None
-
-    async def no_windows() -> tuple[Window, ...]:
-        return ()
-
-    async def heartbeats(_date: str) -> dict[str, dict[str, Any]]:
-        return beats
-
-    desk = SimpleNamespace(
-        env=ENV,
-        window=lambda _day: Window(open_ns=0, close_ns=1),
-        setting=SimpleNamespace(env=env, clock=lambda: 9),
-        stores=SimpleNamespace(cache=SimpleNamespace(maintenance=no_windows, stats=none, heartbeats=heartbeats)),
-    )
-    assert (await view(cast("Desk", desk), started().day())).state is DayState.ACTIVE
+    names = day_components(load_registry().environments["kalshi-sim"], "live")
+    beats: dict[str, dict[str, Any]] = {name: {"state": "well", "error": None, "exit_code": None} for name in names}
+    desk = desk_with(beats)
+    assert (await view(desk, started().day())).state is DayState.ACTIVE
     beats["connector-a"] = {"state": "refused", "error": "the exchange refused the credentials", "exit_code": 8}
-    seen = await view(cast("Desk", desk), started().day())
+    seen = await view(desk, started().day())
     assert (seen.state, seen.error) == (DayState.ERROR, "connector-a: the exchange refused the credentials")
