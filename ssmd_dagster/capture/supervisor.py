@@ -201,12 +201,14 @@ class SupervisordSupervisor:
         Raises `SsmdError` if something still lives after two minutes (SIGKILL comes after its `stop_timeout_s`).
         """
         deadline = time.monotonic() + STOP_DEADLINE_S
-        asked = False
+        seen_stopped = False
         while True:
             states = [s for s in await self.states(group) if name in (None, s.name)]
             left = [state for state in states if state.state not in _STOPPED_STATES]
-            if not left:
+            # supervisord starts what has just crashed again only after it has answered: the next look shows it.
+            if not left and (seen_stopped or not any(_has_crashed(state) for state in states)):
                 return
+            seen_stopped = not left
             if time.monotonic() > deadline:
                 names = ", ".join(f"{state.name} (pid {state.pid})" for state in left)
                 raise SsmdError(
@@ -214,11 +216,10 @@ class SupervisordSupervisor:
                     where=group,
                     do="Look at its log, then `kill -9` it",
                 )
-            if not asked:
-                for state in left:
+            for state in left:
+                if state.state != "STOPPING":
                     await self._tell_to_stop(_key(group, state.name))
-                asked = True
-            else:
+            if left:
                 await asyncio.sleep(_POLL_S)
 
     async def remove_group(self, group: str) -> None:
@@ -485,6 +486,10 @@ def _key(group: str, name: str) -> str:
 def _check(pattern: re.Pattern[str], text: str, what: str) -> None:
     if not pattern.fullmatch(text):
         raise ConfigurationError(f"{text!r} is no name of a {what}", where="supervisor", do=f"Use {pattern.pattern}")
+
+
+def _has_crashed(state: ProcessState) -> bool:
+    return state.state == "EXITED" and state.exit_code not in FINAL_EXIT_CODES
 
 
 def _state_of(info: Mapping[str, Any]) -> ProcessState:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import os
 import shlex
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 from supervisor.options import ServerOptions, UnhosedConfigParser
 
 from ssmd_dagster.capture import supervisord
-from ssmd_dagster.capture.supervisor import Program, SupervisordSupervisor, log_path, render_program
+from ssmd_dagster.capture.supervisor import ProcessState, Program, SupervisordSupervisor, log_path, render_program
 from ssmd_dagster.errors import ConfigurationError, NotFoundError, RefusedError, SsmdError, UnreachableError
 
 GROUP = "kalshi-test-2025-12-14"
@@ -151,6 +152,32 @@ async def test_final_exit_codes_are_final_however_soon_they_come(supervisor: Sup
     assert state.exit_code == code
     assert not state.alive
     assert log_path(supervisor.home, GROUP, "connector-a").read_text() == "once\n"
+
+
+class SeesTheCrash(SupervisordSupervisor):
+    """Looks in the moment after a crash, before supervisord starts the program again."""
+
+    crash: ProcessState | None = None
+
+    async def states(self, group: str | None = None) -> list[ProcessState]:
+        """Show the crash once, then what supervisord says."""
+        crash, self.crash = self.crash, None
+        return [crash] if crash is not None else await super().states(group)
+
+
+async def test_a_stop_right_after_a_crash_stops_what_is_started_again(
+    supervisor: SupervisordSupervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """supervisord starts a crashed program again after it has said that it EXITED: that one is stopped too."""
+    monkeypatch.setattr(supervisor, "__class__", SeesTheCrash)
+    assert isinstance(supervisor, SeesTheCrash)
+    for stop in (supervisor.stop, supervisor.remove_group):
+        await supervisor.ensure_group(GROUP, [sleeper("replayer")])
+        await supervisor.start(GROUP, "replayer")
+        (running,) = await supervisor.states(GROUP)
+        supervisor.crash = dataclasses.replace(running, state="EXITED", pid=None, exit_code=4)
+        await stop(GROUP)
+        assert [state.pid for state in await supervisor.states(GROUP)] in ([None], [])
 
 
 async def test_a_program_that_dies_at_once_is_tried_again_with_a_pause(supervisor: SupervisordSupervisor) -> None:
