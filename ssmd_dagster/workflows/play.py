@@ -19,7 +19,7 @@ async def play(desk: Desk, date: str, speed: float) -> str:
 
     Raises:
         NotFoundError: There is no such day.
-        RefusedError: It is not COMPLETE.
+        RefusedError: It is not COMPLETE, or was not recorded: no client ever got a message of it.
         SsmdError: The player does not come up; with its log.
     """
     day = (await desk.book.refresh()).days.get(date)
@@ -30,6 +30,18 @@ async def play(desk: Desk, date: str, speed: float) -> str:
             f"trading day {date} is {day.state}: only a COMPLETE day can be played",
             where=desk.env,
             do=f"End it first: `ssmd day end {desk.env} --date {date}`.",
+        )
+    if day.recorded_with is not None:
+        raise RefusedError(
+            f"trading day {date} was recorded with {day.recorded_with}",
+            where=desk.env,
+            do=f"Play that one: `ssmd day start {desk.env} --date {day.recorded_with} --from archive --speed 1`.",
+        )
+    if not day.recorded:
+        raise RefusedError(
+            f"trading day {date} was fetched over REST: there are no messages to play",
+            where=desk.env,
+            do=f"Read its trades: `ssmd data export {desk.env} {date} trade --to trades.parquet`.",
         )
     await stop_playing(desk, date)
     group = play_group(desk.env, date)

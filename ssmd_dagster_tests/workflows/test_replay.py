@@ -13,6 +13,9 @@ from typing import Any
 import pytest
 from websockets.sync.client import connect
 
+from ssmd_dagster.archive.batch import Batch, decode_records, scan
+from ssmd_dagster.archive.records import parse_record
+from ssmd_dagster.exchange import REST, SESSION
 from ssmd_dagster_tests.house import House, until
 from ssmd_dagster_tests.workflows.replaying import ago, archived_ids, sim, true_ids
 
@@ -65,6 +68,8 @@ def test_a_missed_day_is_built_from_the_exchange_while_the_live_day_goes_on(buil
         *("ticker", "orderbook_delta", "market_lifecycle_v2")
     }
     assert archived_ids(built, ENV, day) == Counter(true_ids(built, ENV, day))
+    unplayable = built.ssmd("day", "start", ENV, "--date", day, "--from", "archive", "--speed", "2", check=5)
+    assert "there are no messages to play" in unplayable.stderr
     status = built.json("day", "status", ENV)
     assert (status["date"], status["state"], status["error"], status["gaps"]) == (built.today(), "ACTIVE", None, [])
     assert status["messages"] > 100
@@ -248,26 +253,37 @@ def test_an_exchange_that_lists_nothing_when_it_is_asked_again_proves_nothing(bu
 @pytest.mark.long
 def test_a_recorded_day_is_played_to_clients(built: House) -> None:
     """Every record once, through an address of its own; neither journal nor archive hear of it; it ends, or is ended."""
-    day = ago(built, 32)
-    built.ssmd("day", "backfill", ENV, "--from", day, "--to", day)
-    before = built.ssmd("day", "events", ENV, "--date", day, "--json").stdout
-    folder = Path(built.day(ENV, day)["archive"])
+    env, day = "played", built.today()
+    built.add(env, simulator={"seed": 8, "markets": 30, "rate_per_second": 100})
+    built.up(env)
+    built.ssmd("day", "start", env)
+    until(lambda: built.json("day", "status", env)["messages"] > 500)
+    built.ssmd("day", "end", env)
+    before = built.ssmd("day", "events", env, "--date", day, "--json").stdout
+    folder = Path(built.day(env, day)["archive"])
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
-    words = ("day", "start", ENV, "--date", day, "--mode", "replay", "--from", "archive", "--speed")
-    trades: Counter[str] = Counter()
-    with connect(built.json(*words, "1000")["address"], max_size=1 << 26) as client:
+    recorded = Counter(
+        (item.header.conn, parse_record(line).n)
+        for name, data in files.items()
+        if name.endswith(".jsonl.zst")
+        for item in scan(data)
+        if isinstance(item, Batch) and item.header.channel not in (SESSION, REST)
+        for line in decode_records(data, item).splitlines()
+    )
+    words = ("day", "start", env, "--date", day, "--mode", "replay", "--from", "archive", "--speed")
+    with connect(built.json(*words, "10")["address"], max_size=1 << 26) as client:
         client.send('{"op":"subscribe"}')
-        for text in client:
-            message = json.loads(text)
-            if message["type"] == "event":
-                trades.update(row["trade_id"] for row in message["wire"]["msg"].get("trades", ()))
-    assert message["type"] == "day_ended"
-    assert trades == Counter(true_ids(built, ENV, day))
+        messages = [json.loads(text) for text in client]
+    assert messages[-1]["type"] == "day_ended"
+    assert Counter((one["conn"], one["n"]) for one in messages if one["type"] == "event") == recorded
+    assert len(recorded) > 500
     with connect(built.json(*words, "0.001")["address"], max_size=1 << 26) as client:
         client.send('{"op":"subscribe","channels":["trade"]}')
-        assert "is no longer played" in built.ssmd("day", "end", ENV, "--date", day, check=3).stderr
-        assert [json.loads(text)["type"] for text in client] == ["subscribed", "day_ended"]
-    assert built.ssmd("day", "events", ENV, "--date", day, "--json").stdout == before
+        assert "is no longer played" in built.ssmd("day", "end", env, "--date", day).stderr
+        last = [json.loads(text)["type"] for text in client]
+    assert (last[0], last[-1]) == ("subscribed", "day_ended")
+    assert len(last) < 100
+    assert built.ssmd("day", "events", env, "--date", day, "--json").stdout == before
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == files
 
 
