@@ -64,6 +64,7 @@ def live_through(week: Week) -> None:
     # Day 2: the machine is switched off over its midnight.
     week.records(2)
     week.leap(2, "23:50:00")
+    week.proves_books()
     week.records(2)
     week.switch_off()
     week.leap(3, "01:00:00")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import UTC, date, datetime, time, timedelta
 from pathlib import Path
@@ -165,6 +166,17 @@ class Week:
 
         before = asyncio.run(count())
         self.wait(lambda: asyncio.run(count()) >= before + messages, f"{messages} messages of day {number}")
+
+    def proves_books(self) -> None:
+        """Wait until the exchange has sent a second snapshot of a book on its latest connection: only that proves one."""
+
+        def proved() -> bool:
+            frames = [one for one in read_truth(self.truth) if isinstance(one, Frame)]
+            latest = max(one.connection for one in frames)
+            sent = Counter(one.market for one in frames if (one.connection, one.type) == (latest, "orderbook_snapshot"))
+            return max(sent.values(), default=0) > 1
+
+        self.wait(proved, "a second snapshot of a book")
 
     def wait(self, condition: Callable[[], Any], what: str) -> Any:
         """Return what `condition` returns once it is truthy; fail with what was waited for and how everything stands."""
