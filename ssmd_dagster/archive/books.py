@@ -6,6 +6,7 @@ said rather than guessed. Both sides hold bids: on Kalshi a NO bid at 0.40 is a 
 
 from __future__ import annotations
 
+import warnings
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
@@ -41,6 +42,10 @@ class BookUnknownError(RefusedError):
 
 class BookBrokenError(SsmdError):
     """The rows of the table contradict each other: a level would become negative."""
+
+
+class BookBrokenWarning(UserWarning):
+    """A book is not known from a record on that contradicts those before it, until its next snapshot."""
 
 
 class Level(NamedTuple):
@@ -173,7 +178,8 @@ def top_of_book(env_or_path: str | Path, ticker: str, date: str, *, revision: in
 
     Columns: `event_ns`, `recv_ns`, `known`, `bid`, `bid_size`, `ask`, `ask_size`; prices in micro-dollars for YES, sizes in
     hundredths of a contract, null where the side is empty. Where a hole begins there is a row with `known` false and nulls;
-    the next row is that of the next snapshot. Raises what `depth_of_book` raises.
+    the next row is that of the next snapshot. A record that contradicts those before it begins a hole too, with a
+    `BookBrokenWarning` that names it. Raises what `depth_of_book` raises.
     """
     rows = depth_of_book(env_or_path, ticker, date, 1, revision=revision)
     return rows.rename_columns([name.removesuffix("_1") for name in rows.column_names])
@@ -187,7 +193,6 @@ def depth_of_book(
     As `top_of_book`, with columns `bid_1`, `bid_size_1`, `ask_1`, `ask_size_1`, `bid_2` and so on.
 
     Raises:
-        BookBrokenError: The rows contradict each other; names the record.
         NotFoundError: The day is not recorded, or the market has no book in it.
     """
     if not 1 <= depth <= 100:
@@ -276,7 +281,10 @@ def _folded(feed: _Feed, holes: Sequence[dict[str, Any]]) -> Iterator[tuple[int,
             ladder = sides[side]
             now = size + (ladder.sizes.get(price, 0) if delta else 0)
             if now < 0:
-                raise feed.broken(index, now)
+                warnings.warn(str(feed.broken(index, now)), BookBrokenWarning, stacklevel=2)
+                sides = None
+                yield event_ns, recv_ns, None, None
+                continue
             ladder.set(price, now)
         if ends:
             yield event_ns, recv_ns, *sides

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from ssmd_dagster.archive.books import (
     BookBrokenError,
+    BookBrokenWarning,
     BookUnknownError,
     Level,
     book_at,
@@ -180,8 +181,21 @@ def test_a_negative_level_names_the_record() -> None:
     with pytest.raises(BookBrokenError, match=words) as caught:
         book_from(rows, TICKER, at(6))
     assert caught.value.where == "connection 7-a-1, record n 17, seq 99"
-    with pytest.raises(BookBrokenError, match=words):
-        depth_from(rows, TICKER, 1)
+
+
+def test_a_contradiction_ends_what_is_known_until_the_next_snapshot() -> None:
+    """One record's fault does not take the rest of the day away, and is told."""
+    back = snapshot(6, 19, {("yes", 100_000): 100})
+    rows = table([*PLAIN, delta(4, 17, "yes", 390_000, -501), delta(5, 18, "yes", 390_000, 501), *back])
+    with pytest.warns(BookBrokenWarning, match=r"yes 0\.3900 of KX-A would hold -0\.01 contracts.*record n 17"):
+        told = depth_from(rows, TICKER, 1).to_pylist()
+    assert [(r["event_ns"], r["known"], r["bid_1"]) for r in told] == [
+        (at(1), True, 400_000),
+        (at(2), True, 410_000),
+        (at(3), True, 410_000),
+        (at(4), False, None),
+        (at(6), True, 100_000),
+    ]
 
 
 _changes = st.lists(
