@@ -9,12 +9,16 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import psutil
 import pytest
 
+from ssmd_dagster.day.causes import GapCause
+from ssmd_dagster.day.payloads import ConditionValue
+from ssmd_dagster.day.states import DayState
 from ssmd_dagster.environments.home import project_dir
+from ssmd_dagster.workflows.alerts import Kind
 
 DOCUMENTS = [project_dir() / "README.md", *sorted((project_dir() / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^( *)```(\w+)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
@@ -134,3 +138,21 @@ def test_links_between_documents_lead_somewhere() -> None:
     for document in DOCUMENTS:
         for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
             assert (document.parent / target).exists(), f"{document.name}: {target}"
+
+
+def _first_cells(heading: str) -> set[str]:
+    """Return what stands in the first column of the table under a heading of the operations guide."""
+    text = (project_dir() / "docs" / "operations.md").read_text()
+    section = text.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    return {row.split("|")[1].strip() for row in section.splitlines() if row.startswith("|")}
+
+
+def test_the_runbook_has_a_row_for_every_state_cause_and_alert() -> None:
+    """Nothing that the code can say is left without what to do about it, and nothing is explained that no code says."""
+    causes = {word for cell in _first_cells("Causes of gaps") for word in re.findall(r"`(\w+)`", cell)}
+    assert causes == set(GapCause)
+    assert _first_cells("Alerts") - {"kind", "---"} == {kind.upper() for kind in get_args(Kind)}
+    states = {cell.partition(",")[0] for cell in _first_cells("A runbook by state")} - {"state", "---"}
+    assert states == set(DayState)
+    conditions = {word for cell in _first_cells("A runbook by state") for word in re.findall(r"`(\w+)`", cell)}
+    assert conditions == set(get_args(ConditionValue)) - {"available"}

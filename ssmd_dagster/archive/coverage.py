@@ -11,12 +11,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
 from ssmd_dagster.day.calendar import Window
+from ssmd_dagster.day.causes import GapCause
 from ssmd_dagster.day.events import Gap
 from ssmd_dagster.exchange import REST
 
 State = Literal["present", "missing", "healed", "repaired"]
 
-NOT_CAPTURED = "not_captured"
 """Cause of a hole that no gap explains: nobody recorded the channel then."""
 REPAIRABLE = "trade"
 """The only channel that the exchange gives again over REST."""
@@ -138,7 +138,7 @@ def _judged(
         else:
             state = "missing" if gap is None else _state(gap, channel)
         if _RANK[state] > _RANK[worst.state]:
-            cause, gap_id = (NOT_CAPTURED, None) if gap is None else (gap.cause, gap.gap_id)
+            cause, gap_id = (GapCause.NOT_CAPTURED, None) if gap is None else (gap.cause, gap.gap_id)
             worst = worst._replace(state=state, cause=cause, gap_id=gap_id)
     return worst
 

@@ -35,7 +35,7 @@ from ssmd_dagster.archive.recorded import (
     store_error,
 )
 from ssmd_dagster.archive.tables import CONTRACTS, DOLLARS, SCHEMA_VERSION, SCHEMAS, TABLE_OF_CHANNEL
-from ssmd_dagster.day.condition import NEVER_DEGRADE
+from ssmd_dagster.day.causes import NEVER_DEGRADE
 from ssmd_dagster.environments.home import project_dir
 from ssmd_dagster.errors import ConfigurationError, NotFoundError, RefusedError, SsmdError, UsageError
 

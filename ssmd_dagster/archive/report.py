@@ -22,7 +22,7 @@ from ssmd_dagster.archive.pictures import Bar, Lane, Range, Stretch, bars, lanes
 from ssmd_dagster.archive.reader import Selection
 from ssmd_dagster.archive.recorded import DayNotReadyError, Findings, Recorded, Sealed
 from ssmd_dagster.archive.tables import SCHEMAS, TABLE_OF_CHANNEL
-from ssmd_dagster.day.condition import NEVER_DEGRADE
+from ssmd_dagster.day.causes import NEVER_DEGRADE
 from ssmd_dagster.day.events import Gap
 from ssmd_dagster.day.ledger import ChannelLedger, Ledger
 

@@ -46,6 +46,7 @@ from ssmd_dagster.capture.spool import (
     spooled_connections,
     spooled_records,
 )
+from ssmd_dagster.day.causes import GapCause
 from ssmd_dagster.day.payloads import ChannelCount, Checkpoint, GapClosed, GapOpened
 from ssmd_dagster.day.states import DayState, EventName
 from ssmd_dagster.environments.home import spool_dir
@@ -208,7 +209,7 @@ def undeclared_holes(directory: Path, conn: str) -> list[GapEvent]:
         for (first, _last), (from_ns, to_ns) in zip(count.holes, times[str(count.sid)], strict=True):
             gap_id = gap_id_of(conn, count.sid, first)
             scope = {"conn": conn, "sid": count.sid, "component": f"connector-{shard_of(conn)}"}
-            gap = GapOpened(gap_id=gap_id, cause="sequence_jump", from_ns=from_ns, scope=scope)
+            gap = GapOpened(gap_id=gap_id, cause=GapCause.SEQUENCE_JUMP, from_ns=from_ns, scope=scope)
             end = GapClosed(gap_id=gap_id, to_ns=to_ns, outcome="stays")
             events += [(EventName.GAP_OPENED, gap), (EventName.GAP_CLOSED, end)]
     return events
@@ -248,7 +249,7 @@ async def declare_gaps(directory: Path, book: DayBook, date: str, close_ns: int 
     for event, data in noted_gaps(directory):
         declared += await tell(book, date, event, data)
     for conn in spooled_connections(directory):
-        if (life := life_of(directory, conn)) is not None and life.cause == "process_crash":
+        if (life := life_of(directory, conn)) is not None and life.cause == GapCause.PROCESS_CRASH:
             for event, data in undeclared_holes(directory, conn):
                 declared += await tell(book, date, event, data)
     for shard in sorted({shard_of(conn) for conn in spooled_connections(directory)}):

@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from ssmd_dagster.capture.follower import Follower
-from ssmd_dagster.capture.gaps import BUFFER_OVERFLOW, HOST_SUSPENDED, RATE_LIMITED, STOPPING, GapLog
+from ssmd_dagster.capture.gaps import STOPPING, GapLog
 from ssmd_dagster.capture.listing import Listing
 from ssmd_dagster.capture.pipeline import Pipeline
 from ssmd_dagster.capture.process import Heartbeat, cancel, current_epoch, run, unless_stopped, wait_any
@@ -41,6 +41,7 @@ from ssmd_dagster.capture.watch import (
     Watch,
     read_clocks,
 )
+from ssmd_dagster.day.causes import GapCause
 from ssmd_dagster.day.maintenance import window_at
 from ssmd_dagster.day.payloads import ChannelCount, Checkpoint, GapOpened
 from ssmd_dagster.environments.home import spool_dir
@@ -204,7 +205,7 @@ class Connector:
         if self._judging is not None:
             self._judging.cancel()
         if isinstance(refusal, RateLimitedError):
-            self._gaps.cause_is(RATE_LIMITED, self._clock())
+            self._gaps.cause_is(GapCause.RATE_LIMITED, self._clock())
         else:
             self._judging = asyncio.create_task(self._ask_whether_closed())
 
@@ -323,8 +324,8 @@ class Connector:
             for task in done:
                 task.result()
             if full in done and recorder.ended is None:
-                self._cut_cause = BUFFER_OVERFLOW
-                recorder.note({"event": BUFFER_OVERFLOW, "bytes": self._waiting_bytes()})
+                self._cut_cause = GapCause.BUFFER_OVERFLOW
+                recorder.note({"event": GapCause.BUFFER_OVERFLOW, "bytes": self._waiting_bytes()})
             elif stop.is_set() and recorder.ended is None:
                 await follower.last_proof()
         finally:
@@ -417,7 +418,7 @@ class Connector:
         conn = self._recorder.origin.conn
         scope = {"conn": conn, "channel": channel, "component": self.component}
         gap_id = f"gap-{conn}-oversized-{self._oversized}"
-        gap = GapOpened(gap_id=gap_id, cause="oversized", from_ns=recv_ns, scope=scope)
+        gap = GapOpened(gap_id=gap_id, cause=GapCause.OVERSIZED, from_ns=recv_ns, scope=scope)
         self._gaps.declare(gap, recv_ns)
 
     def _counts(self, *, final: bool = False) -> Checkpoint:
@@ -446,8 +447,8 @@ class Connector:
             case Stalled(for_s):
                 note({"event": "stalled", "for_s": for_s})
             case Suspended(for_s) if not self._cut.is_set():
-                if note({"event": HOST_SUSPENDED, "for_s": for_s}):
-                    self._cut_cause = HOST_SUSPENDED
+                if note({"event": GapCause.HOST_SUSPENDED, "for_s": for_s}):
+                    self._cut_cause = GapCause.HOST_SUSPENDED
                     self._cut.set()
             case Silent(for_s) if not self._cut.is_set():
                 if note({"event": "silent", "for_s": for_s}):

@@ -19,6 +19,7 @@ from ssmd_dagster.capture.recorder import Recorder
 from ssmd_dagster.capture.sequence import Hole, gap_id_of
 from ssmd_dagster.capture.subscriptions import BATCH, Roster, batches
 from ssmd_dagster.clock import Clock
+from ssmd_dagster.day.causes import GapCause
 from ssmd_dagster.day.payloads import GapOpened
 from ssmd_dagster.errors import SsmdError
 from ssmd_dagster.exchange import (
@@ -121,7 +122,7 @@ class Follower:
         gap_id = self._gap_id()
         self._lost[channel] = gap_id
         scope = {**self._scope, "sid": event.sid, "channel": channel}
-        self._gaps.open(GapOpened(gap_id=gap_id, cause="not_subscribed", from_ns=recv_ns, scope=scope))
+        self._gaps.open(GapOpened(gap_id=gap_id, cause=GapCause.NOT_SUBSCRIBED, from_ns=recv_ns, scope=scope))
         now = time.monotonic()
         after_s = self._again_after_s.get(channel, 0.0)
         if now - self._again_at.get(channel, -SUBSCRIBE_AGAIN_MAX_S) > SUBSCRIBE_AGAIN_MAX_S:
@@ -143,7 +144,7 @@ class Follower:
         healed = len(hole.filled) == hole.size
         scope = {**self._scope, "sid": hole.sid, **({"channel": channel} if channel is not None else {})}
         gap_id = gap_id_of(self._recorder.origin.conn, hole.sid, hole.first)
-        gap = GapOpened(gap_id=gap_id, cause="sequence_jump", from_ns=hole.from_ns, scope=scope)
+        gap = GapOpened(gap_id=gap_id, cause=GapCause.SEQUENCE_JUMP, from_ns=hole.from_ns, scope=scope)
         self._gaps.declare(gap, hole.to_ns, "healed" if healed else "stays")
         if not healed:
             self._recorder.note_if_open(
@@ -303,7 +304,7 @@ class Follower:
         few = len(tickers) <= MARKETS_IN_SCOPE
         about: dict[str, Any] = {"markets": tickers} if few else {"markets_count": len(tickers)}
         scope = {**self._scope, **about}
-        self._gaps.open(GapOpened(gap_id=gap_id, cause="not_subscribed", from_ns=from_ns, scope=scope))
+        self._gaps.open(GapOpened(gap_id=gap_id, cause=GapCause.NOT_SUBSCRIBED, from_ns=from_ns, scope=scope))
         self._missed.update(dict.fromkeys(tickers, gap_id))
 
     def _gap_id(self) -> str:

@@ -27,6 +27,7 @@ from ssmd_dagster.capture.spool import (
     spooled_records,
 )
 from ssmd_dagster.clock import Clock
+from ssmd_dagster.day.causes import NEVER_DEGRADE, GapCause
 from ssmd_dagster.day.payloads import Checkpoint, GapClosed, GapOpened
 from ssmd_dagster.day.states import EventName
 from ssmd_dagster.errors import SsmdError, UnreachableError
@@ -39,14 +40,9 @@ STOPPING = "stopping"
 """What a connector that is told to stop notes in its `session` channel before it closes the socket."""
 SUBSCRIBED = "subscribed"
 """What it notes once everything is subscribed."""
-BUFFER_OVERFLOW = "buffer_overflow"
-"""What it notes before it closes the socket because too much waits for the disk or the stream; also the gap's cause."""
-HOST_SUSPENDED = "host_suspended"
-"""What it notes before it closes the socket because the host has slept; also the gap's cause."""
-CONNECTION_LOST = "connection_lost"
-RATE_LIMITED = "rate_limited"
-OPERATOR_STOP = "operator_stop"
-_PASSING = frozenset({RATE_LIMITED, "exchange_maintenance", "closed_by_schedule"})
+_CUTS = (GapCause.BUFFER_OVERFLOW, GapCause.HOST_SUSPENDED)
+"""Why it closes the socket itself, which it notes before."""
+_PASSING = frozenset({GapCause.RATE_LIMITED, *NEVER_DEGRADE})
 GAP = "gap"
 """The note of a gap: its id, cause, from, scope, and, once it is over, to and outcome."""
 MAX_WAITING = 10_000
@@ -127,11 +123,11 @@ def life_of(spool: Path, conn: str) -> Life | None:
         elif header.n_last > last_n:  # by ordinals: the clock may have been set back
             last_n, last_ns = header.n_last, header.recv_last_ns
     if STOPPING in events:
-        cause = OPERATOR_STOP
+        cause = GapCause.OPERATOR_STOP
     elif "disconnected" in events:
-        cause = next((cause for cause in (BUFFER_OVERFLOW, HOST_SUSPENDED) if cause in events), CONNECTION_LOST)
+        cause = next((cause for cause in _CUTS if cause in events), GapCause.CONNECTION_LOST)
     else:
-        cause = "process_crash"
+        cause = GapCause.PROCESS_CRASH
     return Life(conn, up_ns, last_ns, cause, events.get(STOPPING))
 
 
@@ -143,7 +139,7 @@ def gaps_between(spool: Path, shard: str, close_ns: int = 0) -> list[Lost]:
     """
     lives = [life for conn in spooled_connections(spool) if shard_of(conn) == shard and (life := life_of(spool, conn))]
     lost = [Lost(life.conn, life.cause, life.last_ns, after.up_ns) for life, after in pairwise(lives)]
-    if lives and (lives[-1].cause != OPERATOR_STOP or lives[-1].end_ns < close_ns):
+    if lives and (lives[-1].cause != GapCause.OPERATOR_STOP or lives[-1].end_ns < close_ns):
         lost.append(Lost(lives[-1].conn, lives[-1].cause, lives[-1].last_ns))
     return lost
 
@@ -258,7 +254,7 @@ class GapLog:
             return
         if between.cause is None:
             if since_ns is not None and between.from_ns < since_ns <= now_ns:
-                between.cause = CONNECTION_LOST
+                between.cause = GapCause.CONNECTION_LOST
                 self._open_between()
                 self._turn(since_ns, cause)
             else:
@@ -272,7 +268,7 @@ class GapLog:
         """Say that nothing of what may pass keeps the connection away any more: it is just lost."""
         between = self._between
         if between is not None and (between.cause is None or between.cause in _PASSING):
-            self.cause_is(CONNECTION_LOST, now_ns)
+            self.cause_is(GapCause.CONNECTION_LOST, now_ns)
 
     def connection_up(self, to_ns: int, note: Note | None = None) -> None:
         """Close the gap behind the last connection; `note` records in the new one."""
@@ -282,10 +278,10 @@ class GapLog:
         between = self._between
         if between is not None:
             if between.cause is None:
-                between.cause = CONNECTION_LOST
+                between.cause = GapCause.CONNECTION_LOST
                 self._open_between()
             if between.until_ns is not None and between.from_ns < between.until_ns < to_ns:
-                self._turn(between.until_ns, CONNECTION_LOST)
+                self._turn(between.until_ns, GapCause.CONNECTION_LOST)
             self.close(between.gap_id, to_ns)
             self._between = None
         self._record_waiting()

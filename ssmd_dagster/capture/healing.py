@@ -10,12 +10,12 @@ from collections.abc import Sequence
 
 from ssmd_dagster.capture.gaps import Life
 from ssmd_dagster.capture.spool import shard_of
+from ssmd_dagster.day.causes import GapCause
 from ssmd_dagster.day.events import Gap
 from ssmd_dagster.day.payloads import GapClosed
 
 MARGIN_NS = 1_000_000_000
 """What one socket misses, the other may miss a moment earlier or later: gaps this close count as the same time."""
-_NEVER_HEALED = frozenset({"oversized"})
 """Causes that meet every socket alike."""
 _PARTNER = {"a": "b", "b": "a"}
 _END_OF_TIME_NS = 2**63 - 1
@@ -26,7 +26,7 @@ def healed(gaps: Sequence[Gap], lives: Sequence[Life]) -> list[GapClosed]:
     found = []
     for gap in gaps:
         shard = _shard(gap)
-        if shard is None or gap.outcome not in ("open", "stays") or gap.cause in _NEVER_HEALED:
+        if shard is None or gap.outcome not in ("open", "stays") or gap.cause == GapCause.OVERSIZED:
             continue
         partner = _PARTNER.get(shard[0], "") + shard[1:]
         to_ns = _covered_to(gap, [life for life in lives if shard_of(life.conn) == partner])

@@ -12,17 +12,12 @@ from collections.abc import Iterable, Sequence
 import msgspec
 
 from ssmd_dagster.day.calendar import Window
+from ssmd_dagster.day.causes import NEVER_DEGRADE, GapCause
 from ssmd_dagster.day.events import Gap
 from ssmd_dagster.day.ledger import Ledger
 from ssmd_dagster.day.payloads import ConditionValue, LateRows, Mode
 
 RULES_VERSION = 1
-
-NOT_CAPTURED = "not_captured"
-"""Cause of the gap of a channel that no replay brings back."""
-
-NEVER_DEGRADE = frozenset({"exchange_maintenance", "closed_by_schedule"})
-"""Causes of gaps in which there was nothing to record."""
 
 _LATE = "rows arrived after the seal"
 
@@ -89,7 +84,7 @@ def condition(
 
 def beyond_replay(reasons: Iterable[str], gaps: Iterable[Gap]) -> tuple[str, ...]:
     """Return a day's reasons without those that every replayed day has: its source, and what no replay brings back."""
-    always = _against(None, [gap for gap in gaps if gap.cause == NOT_CAPTURED], "replay", None)
+    always = _against(None, [gap for gap in gaps if gap.cause == GapCause.NOT_CAPTURED], "replay", None)
     return tuple(reason for reason in reasons if reason not in always)
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from ssmd_dagster.day.calendar import TradingCalendar, Window
+from ssmd_dagster.day.causes import GapCause
 
-CAUSE = "exchange_maintenance"
 REMEMBERED_NS = 2 * 86_400 * 1_000_000_000
 """How long a window that has begun is kept although the exchange lists it no more: a gap may be told of later."""
 
@@ -43,7 +43,7 @@ def pieces(from_ns: int, to_ns: int, windows: Iterable[Window], cause: str) -> l
             continue
         if begins > at:
             found.append((at, begins, cause))
-        found.append((begins, ends, CAUSE))
+        found.append((begins, ends, GapCause.EXCHANGE_MAINTENANCE))
         at = ends
     if at < to_ns or not found:
         found.append((at, to_ns, cause))

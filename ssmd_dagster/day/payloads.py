@@ -128,8 +128,7 @@ class GapOpened(Payload, frozen=True, kw_only=True):
 
     `scope` narrows it: any of `conn`, `sid`, `channel`, `market`, `markets`, `component`; empty means the whole day's capture.
     Of batches that the archive lost it has `batches` (first, last) and `seq` (per sid first and last number), too.
-    `cause` is a word in snake case, such as connection_lost, process_crash, sequence_jump, buffer_overflow, oversized,
-    rate_limited, late_start, operator_stop, not_subscribed, archive_damaged, exchange_maintenance, closed_by_schedule.
+    `cause` is one of `causes.GapCause`, or whatever another version wrote.
     """
 
     gap_id: str

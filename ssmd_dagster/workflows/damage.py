@@ -18,6 +18,7 @@ from ssmd_dagster.archive.losses import Loss
 from ssmd_dagster.archive.segment import Ranges, SegmentWriter, add_range, covered, in_ranges
 from ssmd_dagster.capture.archiver import read_footer
 from ssmd_dagster.capture.spool import read_spool, spool_path, spooled_connections
+from ssmd_dagster.day.causes import GapCause
 from ssmd_dagster.day.events import Gap, TradingDay
 from ssmd_dagster.day.payloads import GapClosed, GapOpened
 from ssmd_dagster.day.seal import Manifest
@@ -28,7 +29,6 @@ from ssmd_dagster.stores.cache import rfc3339
 from ssmd_dagster.stores.stream import NO_BATCH
 from ssmd_dagster.workflows.desk import Desk
 
-ARCHIVE_DAMAGED = "archive_damaged"
 """Cause of a gap whose records were archived and are not there any more."""
 FETCH_TIMEOUT_S = 1.0
 _NS_PER_MS = 1_000_000
@@ -43,7 +43,7 @@ class Sorted(NamedTuple):
     def faults(self) -> tuple[str, ...]:
         """Return a fault for each: which batches, from when to when, and whether another copy was found."""
         return (
-            *(f"{described(loss)}: lost ({ARCHIVE_DAMAGED})" for loss in self.gone),
+            *(f"{described(loss)}: lost ({GapCause.ARCHIVE_DAMAGED})" for loss in self.gone),
             *(f"{described(loss)}: still in the spool or the stream" for loss in self.elsewhere),
         )
 
@@ -105,12 +105,16 @@ async def journal_losses(desk: Desk, day: TradingDay, gone: Iterable[Loss], loss
                 "batches": [loss.first, loss.last],
                 "seq": {sid: list(span) for sid, span in loss.seq.items()},
             }
-            opened = GapOpened(gap_id=gap_id, cause=ARCHIVE_DAMAGED, from_ns=loss.from_ns, scope=scope)
+            opened = GapOpened(gap_id=gap_id, cause=GapCause.ARCHIVE_DAMAGED, from_ns=loss.from_ns, scope=scope)
             await desk.book.append(day.date, EventName.GAP_OPENED, epoch=day.epoch, data=opened)
         if known is None or known.outcome in ("open", "healed"):
             await _close(desk, day, gap_id, loss.to_ns, "stays")
     for gap in day.gaps:
-        if gap.cause == ARCHIVE_DAMAGED and gap.outcome != "healed" and not any(_of(gap, loss) for loss in losses):
+        if (
+            gap.cause == GapCause.ARCHIVE_DAMAGED
+            and gap.outcome != "healed"
+            and not any(_of(gap, loss) for loss in losses)
+        ):
             await _close(desk, day, gap.gap_id, gap.to_ns or gap.from_ns, "healed")
     after = await desk.book.day(day.date)
     assert after is not None

@@ -6,13 +6,13 @@ both (`normalize`); the gaps are taken over here, so that each day says itself w
 
 from __future__ import annotations
 
+from ssmd_dagster.day.causes import GapCause
 from ssmd_dagster.day.events import TradingDay
 from ssmd_dagster.day.payloads import GapClosed, GapOpened
 from ssmd_dagster.day.reconcile import RECORDED_WITH
 from ssmd_dagster.day.states import EventName
 from ssmd_dagster.workflows.desk import Desk
 
-LATE_START = "late_start"
 FAR_NS = 60_000_000_000
 """A roll that is not late lets the old day record on for seconds only, beside the new one."""
 
@@ -46,7 +46,7 @@ async def take_over_gaps(desk: Desk, day: TradingDay) -> TradingDay:
         outcome = "stays" if gap.outcome == "open" else gap.outcome
         closed = GapClosed(gap_id=gap_id, to_ns=to_ns, outcome=outcome, detail=gap.detail)
         day = await desk.book.append(day.date, EventName.GAP_CLOSED, epoch=day.epoch, data=closed)
-    if any(gap.cause == LATE_START for gap in own):
+    if any(gap.cause == GapCause.LATE_START for gap in own):
         return day  # nothing was recorded when this day was started
     for gap in own:
         if gap.outcome != "stays" or gap.to_ns is None or gap.to_ns > until_ns or gap.gap_id.endswith(f"-of-{before}"):

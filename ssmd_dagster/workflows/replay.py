@@ -14,7 +14,7 @@ from typing import Any
 
 from ssmd_dagster.capture.control import control_subject, request
 from ssmd_dagster.capture.programs import ARCHIVER, REPLAYER, day_group, replay_programs
-from ssmd_dagster.day.condition import NOT_CAPTURED
+from ssmd_dagster.day.causes import GapCause
 from ssmd_dagster.day.events import TradingDay
 from ssmd_dagster.day.payloads import Completed, GapClosed, GapOpened, Started
 from ssmd_dagster.day.states import DayState, EventName
@@ -146,7 +146,9 @@ async def finish(attempt: Attempt) -> TradingDay:
         gap_id = f"gap-replay-{channel}"
         if channel == TRADES or gap_id in day.gap_by_id:
             continue
-        opened = GapOpened(gap_id=gap_id, cause=NOT_CAPTURED, from_ns=window.open_ns, scope={"channel": channel})
+        opened = GapOpened(
+            gap_id=gap_id, cause=GapCause.NOT_CAPTURED, from_ns=window.open_ns, scope={"channel": channel}
+        )
         await attempt.journal(EventName.GAP_OPENED, opened)
         closed = GapClosed(gap_id=gap_id, to_ns=window.close_ns, outcome="stays")
         day = await attempt.journal(EventName.GAP_CLOSED, closed)

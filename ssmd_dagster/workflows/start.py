@@ -20,6 +20,7 @@ from ssmd_dagster.capture.programs import (
     gateway_program,
     markets_subscribed,
 )
+from ssmd_dagster.day.causes import GapCause
 from ssmd_dagster.day.events import TradingDay
 from ssmd_dagster.day.maintenance import described, pieces, touching, window_at
 from ssmd_dagster.day.payloads import GapClosed, GapOpened, Mode, Started, StartRequested
@@ -116,7 +117,7 @@ async def take(attempt: Attempt) -> TradingDay:
     if again and ended_ns is not None and mode == "live":
         gap_id = f"gap-{day.epoch}-operator-stop"
         await desk.book.append(
-            date, EventName.GAP_OPENED, data=GapOpened(gap_id=gap_id, cause="operator_stop", from_ns=ended_ns)
+            date, EventName.GAP_OPENED, data=GapOpened(gap_id=gap_id, cause=GapCause.OPERATOR_STOP, from_ns=ended_ns)
         )
         day = await desk.book.append(
             date, EventName.GAP_CLOSED, data=GapClosed(gap_id=gap_id, to_ns=now_ns, outcome="stays")
@@ -164,7 +165,7 @@ async def finish(attempt: Attempt) -> TradingDay:
     if first_time and open_ns < now_ns and day.open_ns is None:
         until_ns = min(now_ns, await _recorded_since(desk, date) or now_ns)
         windows = await desk.stores.cache.maintenance()
-        late = pieces(open_ns, until_ns, windows, "late_start") if open_ns < until_ns else []
+        late = pieces(open_ns, until_ns, windows, GapCause.LATE_START) if open_ns < until_ns else []
         for number, (from_ns, to_ns, cause) in enumerate(late, start=1):
             gap_id = f"gap-{day.epoch}-late-start" + (f"-{number}" if number > 1 else "")
             await attempt.journal(EventName.GAP_OPENED, GapOpened(gap_id=gap_id, cause=cause, from_ns=from_ns))

@@ -18,7 +18,7 @@ from ssmd_dagster.archive.trade_ids import TRADES, Matching, TradeIds
 from ssmd_dagster.capture.audit import COMPONENT as SPOOL
 from ssmd_dagster.capture.rest_pages import RestPages
 from ssmd_dagster.day.calendar import Window
-from ssmd_dagster.day.condition import NEVER_DEGRADE
+from ssmd_dagster.day.causes import NEVER_DEGRADE
 from ssmd_dagster.day.events import Gap, TradingDay
 from ssmd_dagster.day.ledger import TradesLedger
 from ssmd_dagster.day.payloads import Checkpoint, GapClosed

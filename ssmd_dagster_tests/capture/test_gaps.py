@@ -12,8 +12,9 @@ import pytest
 
 from ssmd_dagster.capture import gaps as gaps_module
 from ssmd_dagster.capture.audit import declare_gaps, finish_connection
-from ssmd_dagster.capture.gaps import BUFFER_OVERFLOW, GapLog, Life, Lost, gaps_between, life_of, tell
+from ssmd_dagster.capture.gaps import GapLog, Life, Lost, gaps_between, life_of, tell
 from ssmd_dagster.capture.setting import Setting
+from ssmd_dagster.day.causes import GapCause
 from ssmd_dagster.day.events import Gap
 from ssmd_dagster.day.payloads import GapClosed, GapOpened
 from ssmd_dagster.day.states import EventName
@@ -99,12 +100,12 @@ def test_a_lost_connection_is_lost_from_its_last_frame_on(tmp_path: Path) -> Non
 def test_a_connection_that_was_closed_for_want_of_room_says_so(tmp_path: Path) -> None:
     """Overflow is a cause of its own."""
     recording = quiet_recording("812-a-0")
-    recording.recorder.note({"event": BUFFER_OVERFLOW, "bytes": 5})
+    recording.recorder.note({"event": GapCause.BUFFER_OVERFLOW, "bytes": 5})
     recording.end(told=False)
     recording.write(tmp_path)
     life = life_of(tmp_path, "812-a-0")
     assert life is not None
-    assert life.cause == BUFFER_OVERFLOW
+    assert life.cause == GapCause.BUFFER_OVERFLOW
 
 
 def test_words_in_a_frame_or_a_note_are_no_events(tmp_path: Path) -> None:
@@ -256,7 +257,7 @@ async def test_a_cause_that_is_known_from_the_start_stays(tmp_path: Path) -> Non
     """A crash or a full disk is no lost connection because the next attempt fails too."""
     log = GapLog(tmp_path, "connector-a")
     log.connection_up(1)
-    log.connection_lost(10, BUFFER_OVERFLOW, "3-a-0")
+    log.connection_lost(10, GapCause.BUFFER_OVERFLOW, "3-a-0")
     log.cause_is_over(20)
     log.connection_up(30)
     assert log.waiting == 2

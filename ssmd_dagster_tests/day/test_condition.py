@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ssmd_dagster.day.causes import NEVER_DEGRADE
 from ssmd_dagster.day.condition import (
     MAX_GAPS_NAMED,
-    NEVER_DEGRADE,
     RULES_VERSION,
     beyond_replay,
     condition,

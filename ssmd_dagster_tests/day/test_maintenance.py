@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ssmd_dagster.day.calendar import TradingCalendar, Window
-from ssmd_dagster.day.maintenance import CAUSE, REMEMBERED_NS, described, pieces, remembered, touching, window_at
+from ssmd_dagster.day.causes import GapCause
+from ssmd_dagster.day.maintenance import REMEMBERED_NS, described, pieces, remembered, touching, window_at
 
 WINDOWS = st.lists(
     st.tuples(st.integers(0, 50), st.integers(1, 30)).map(lambda pair: Window(pair[0], pair[0] + pair[1])), max_size=5
@@ -33,7 +34,7 @@ def test_the_pieces_of_a_gap_are_the_gap(windows: list[Window], from_ns: int, la
     assert all(one[1] == other[0] for one, other in pairwise(found))
     for begins, ends, cause in found:
         for at in range(begins, ends):
-            assert (cause == CAUSE) == (window_at(windows, at) is not None)
+            assert (cause == GapCause.EXCHANGE_MAINTENANCE) == (window_at(windows, at) is not None)
 
 
 def test_what_has_begun_is_remembered_and_what_was_taken_back_is_not() -> None:
