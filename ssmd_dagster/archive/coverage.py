@@ -17,7 +17,6 @@ from ssmd_dagster.exchange import REST
 
 State = Literal["present", "missing", "healed", "repaired"]
 
-"""Cause of a hole that no gap explains: nobody recorded the channel then."""
 REPAIRABLE = "trade"
 """The only channel that the exchange gives again over REST."""
 TRADES_REPAIRED = "trades repaired"
@@ -138,6 +137,7 @@ def _judged(
         else:
             state = "missing" if gap is None else _state(gap, channel)
         if _RANK[state] > _RANK[worst.state]:
+            # A hole that no gap explains: nobody recorded the channel then.
             cause, gap_id = (GapCause.NOT_CAPTURED, None) if gap is None else (gap.cause, gap.gap_id)
             worst = worst._replace(state=state, cause=cause, gap_id=gap_id)
     return worst

@@ -16,7 +16,6 @@ from ssmd_dagster.day.payloads import GapClosed
 
 MARGIN_NS = 1_000_000_000
 """What one socket misses, the other may miss a moment earlier or later: gaps this close count as the same time."""
-"""Causes that meet every socket alike."""
 _PARTNER = {"a": "b", "b": "a"}
 _END_OF_TIME_NS = 2**63 - 1
 
@@ -26,6 +25,7 @@ def healed(gaps: Sequence[Gap], lives: Sequence[Life]) -> list[GapClosed]:
     found = []
     for gap in gaps:
         shard = _shard(gap)
+        # A frame that is too large meets every socket alike.
         if shard is None or gap.outcome not in ("open", "stays") or gap.cause == GapCause.OVERSIZED:
             continue
         partner = _PARTNER.get(shard[0], "") + shard[1:]

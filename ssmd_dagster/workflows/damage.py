@@ -29,7 +29,6 @@ from ssmd_dagster.stores.cache import rfc3339
 from ssmd_dagster.stores.stream import NO_BATCH
 from ssmd_dagster.workflows.desk import Desk
 
-"""Cause of a gap whose records were archived and are not there any more."""
 FETCH_TIMEOUT_S = 1.0
 _NS_PER_MS = 1_000_000
 
