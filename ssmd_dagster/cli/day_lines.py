@@ -24,6 +24,7 @@ from ssmd_dagster.day.health import unknown_words
 from ssmd_dagster.day.ledger import Ledger
 from ssmd_dagster.day.maintenance import described
 from ssmd_dagster.day.payloads import DriftFound
+from ssmd_dagster.day.retention import nearly_full_words
 from ssmd_dagster.day.states import DayState
 from ssmd_dagster.workflows.desk import Progress
 from ssmd_dagster.workflows.end import END
@@ -126,6 +127,7 @@ def print_day(env: str, view: DayView, gaps_shown: int | None = None, newest: Dr
     if day.late is not None and day.late.rows:
         todo = f"no table has them yet: ssmd day normalize {env} --date {day.date}"
         click.echo(f"Late Rows: {thousands(day.late.rows)}, {'in the table `late`' if day.late.filed else todo}")
+    _print_fill(view)
     if view.unknown:
         click.echo(f"Drift: {unknown_words(view.unknown)}")
     if newest is not None and newest.fingerprints:
@@ -191,6 +193,7 @@ def print_status(env: str, view: DayView, paused: Paused | None) -> None:
     click.echo(f"Messages: {thousands(view.messages)}")
     click.echo(f"Gaps: {view.gaps}")
     print_maintenance(env, view)
+    _print_fill(view)
     if view.error:
         click.echo(f"Error: {view.error}")
         print_next_command(env, view)
@@ -202,6 +205,11 @@ def print_maintenance(env: str, view: DayView) -> None:
     """Print the windows of maintenance that the exchange has announced for the day, if any."""
     if view.maintenance:
         click.echo(f"Maintenance: {described(view.maintenance, load_setting(env).env.calendar())}, announced")
+
+
+def _print_fill(view: DayView) -> None:
+    if (full := nearly_full_words(view.stream_share)) is not None:
+        click.echo(f"Warning: {full}")
 
 
 def print_next_command(env: str, view: DayView) -> None:

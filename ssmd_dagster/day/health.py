@@ -14,6 +14,7 @@ import msgspec
 
 from ssmd_dagster.day.checks import drift_words
 from ssmd_dagster.day.payloads import DriftFound
+from ssmd_dagster.day.retention import nearly_full_words
 
 QUIET_S = 120
 """How long an open exchange may send nothing."""
@@ -29,7 +30,7 @@ class Look(msgspec.Struct, frozen=True, kw_only=True):
 
     `components` are those that a running day must hear from, `recorders` those of them that hold a socket; `maintenance` says
     that the exchange has announced one for now. `unknown` counts the day's messages of types that no reader knows, and those that
-    are no message at all, `drift` is what the newest messages have that is unknown.
+    are no message at all, `drift` is what the newest messages have that is unknown; `stream_share` is how full the raw stream is.
     """
 
     at_ns: int
@@ -39,6 +40,7 @@ class Look(msgspec.Struct, frozen=True, kw_only=True):
     open: bool | None = None
     maintenance: bool = False
     lag_ms: float = 0.0
+    stream_share: float = 0.0
     unknown: int = 0
     drift: DriftFound = DriftFound(fingerprints=0)
 
@@ -109,6 +111,8 @@ def judge(look: Look, seen: Mapping[str, int]) -> Verdict:
     lag_s = look.lag_ms / 1000 - (quiet_s or 0.0)
     if lag_s > LAG_WARNING_S:
         warnings.append(f"the archive lags {lag_s:.0f} s behind")
+    if (full := nearly_full_words(look.stream_share)) is not None:
+        warnings.append(full)
     if look.maintenance and is_doubtful(look):
         warnings.append("the exchange is in announced maintenance")
     elif look.open is False:

@@ -121,6 +121,7 @@ class _Loading:
         for stem, environment in environments.items():
             self.check_environment(stem, environment, feeds, schemas)
         self.check_storage(environments)
+        self.check_simulators(environments)
 
         usable: dict[str, Environment] = {}
         broken: dict[str, list[Fault]] = {}
@@ -315,6 +316,18 @@ class _Loading:
                 if first != stem:
                     key = f"storage.buckets.{which}"
                     self.fault("environments", stem, key, bucket, f"another bucket or folder than that of {first}")
+
+    def check_simulators(self, environments: Mapping[str, Environment]) -> None:
+        """Every simulated exchange makes a key of its own, which must not take the place of another's."""
+        owner: dict[str, str] = {}
+        for stem, environment in sorted(environments.items()):
+            keys = environment.keys.get(environment.feed) if environment.simulator is not None else None
+            for field_name, variable in () if keys is None else sorted(keys.fields.items()):
+                first = owner.setdefault(variable, stem)
+                if first != stem:
+                    key = f"keys.{environment.feed}.fields.{field_name}"
+                    expected = "one of its own: every simulated exchange makes its own key"
+                    self.fault("environments", stem, key, _Plain(f"the variable of {first}"), expected)
 
 
 class _PlainLoader(yaml.SafeLoader):

@@ -233,7 +233,7 @@ class Publisher:
             raise StreamFullError(
                 f"stream {self._stream} takes no more messages: {error.get('description')}",
                 where=address_of(self._js),
-                do="Purge a sealed day or give the stream more room",
+                do="Give it more `capture.stream_limit_mb`, then run `ssmd day recover`, which sets it",
             )
         raise nats.js.errors.APIError(error.get("code"), error.get("description"), error.get("err_code"))
 

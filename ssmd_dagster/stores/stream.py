@@ -63,6 +63,23 @@ class RawBatch(NamedTuple):
     pending: int
 
 
+class Usage(NamedTuple):
+    """Bytes that a stream holds, and how many it takes."""
+
+    size: int
+    limit: int
+
+    @property
+    def free(self) -> int:
+        """Return how many more bytes it takes."""
+        return max(0, self.limit - self.size)
+
+    @property
+    def share(self) -> float:
+        """Return how full it is, 0 to 1."""
+        return self.size / self.limit if self.limit > 0 else 0.0
+
+
 class RawStream:
     """The raw stream of one environment."""
 
@@ -197,6 +214,17 @@ class RawStream:
         )
         await reader.skip_to_end()
         return RawTail(reader)
+
+    async def usage(self) -> Usage:
+        """Return how full the stream is.
+
+        Raises:
+            UnreachableError: NATS does not answer.
+            NotFoundError: The stream does not exist.
+        """
+        with nats_errors(self._js, f"looking at stream {self.stream}"):
+            info = await self._js.stream_info(self.stream)
+        return Usage(info.state.bytes, info.config.max_bytes or -1)
 
     async def purge(self, date: str) -> None:
         """Remove all batches of a day from the stream; they are gone for good.

@@ -13,11 +13,13 @@ from ssmd_dagster.day.events import TradingDay
 from ssmd_dagster.day.health import Look, is_doubtful, judge
 from ssmd_dagster.day.maintenance import window_at
 from ssmd_dagster.day.payloads import ErrorRaised
+from ssmd_dagster.day.retention import WARN_SHARE
 from ssmd_dagster.day.states import DayState, EventName, IllegalTransitionError
 from ssmd_dagster.errors import SsmdError
 from ssmd_dagster.exchange import OTHER
 from ssmd_dagster.workflows.desk import Desk
 from ssmd_dagster.workflows.drift import newest_drift
+from ssmd_dagster.workflows.retention import let_go_of_sealed_days, stream_share
 
 
 class Health(msgspec.Struct, frozen=True, kw_only=True):
@@ -66,12 +68,16 @@ async def look_after(desk: Desk, seen: Mapping[str, int]) -> Health:
 
 async def _look(desk: Desk, day: TradingDay) -> Look:
     stats = await desk.stores.cache.stats(day.date)
+    share = await stream_share(desk)
+    if share >= WARN_SHARE and await let_go_of_sealed_days(desk):
+        share = await stream_share(desk)
     look = Look(
         at_ns=desk.setting.clock(),
         components=day_components(desk.setting.env),
         recorders=connector_names(desk.setting.env),
         beats=await desk.stores.cache.heartbeats(day.date),
         maintenance=window_at(await desk.stores.cache.maintenance(), desk.setting.clock()) is not None,
+        stream_share=share,
         lag_ms=stats.lag_ms if stats is not None else 0.0,
         unknown=stats.by_channel.get(OTHER, 0) if stats is not None else 0,
         drift=await newest_drift(desk, day.date),

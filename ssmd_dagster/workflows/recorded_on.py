@@ -13,8 +13,8 @@ from ssmd_dagster.day.reconcile import RECORDED_WITH
 from ssmd_dagster.day.states import EventName
 from ssmd_dagster.workflows.desk import Desk
 
-FAR_NS = 60_000_000_000
-"""A roll that is not late lets the old day record on for seconds only, beside the new one."""
+FAR_NS = 5_000_000_000
+"""A roll in time ends the old day within this; one that is later leaves the new day without books of its own at its opening."""
 
 
 def recorded_into(desk: Desk, earlier: TradingDay, day: TradingDay) -> bool:

@@ -1,39 +1,49 @@
 """What stream and spool need not hold any more: the archive of a sealed day has been read back.
 
-A recorded day's batches are kept for `retain_days` after its close, so that a damaged object can be built again; those of a
-replayed day go at once, since the exchange still has them. What is not sealed is never touched.
+A recorded day's batches are kept for `retain_days` after its close, or until the stream wants their room (`day/retention`);
+those of a replayed day go at once, since the exchange still has them. What is not sealed is never touched.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import shutil
+from pathlib import Path
 
 from ssmd_dagster.day.events import TradingDay
+from ssmd_dagster.day.retention import Kept, over
 from ssmd_dagster.day.states import DayState
 from ssmd_dagster.environments.home import spool_dir, spool_root
+from ssmd_dagster.errors import NotFoundError
 from ssmd_dagster.workflows.desk import Desk
 
 _DAY_NS = 86_400_000_000_000
 
 
 async def let_go_of_sealed_days(desk: Desk) -> tuple[str, ...]:
-    """Empty stream and spool of the days whose time is up; return their dates.
+    """Empty stream and spool of the days whose time is up or whose room is wanted; return their dates.
 
-    A spool's folder is what tells that there is something left. Raises `UnreachableError` where NATS does not answer.
+    A spool's folder tells that there is something left, and how much. Raises `UnreachableError` where NATS does not answer.
     """
     keep_ns = desk.setting.env.retain_days * _DAY_NS
     folder = spool_root(desk.setting.home) / desk.env
-    dates = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    days = desk.book.book.days
-    over = tuple(
-        date
-        for date in dates
-        if date in days and _proved(days[date]) and desk.window(days[date]).close_ns + keep_ns < desk.setting.clock()
-    )
-    for date in over:
+    sizes = await asyncio.to_thread(_sizes, folder)
+    days = [day for date, day in desk.book.book.days.items() if date in sizes]
+    kept = [Kept(day.date, sizes[day.date], desk.window(day).close_ns, _proved(day)) for day in days]
+    usage = await desk.stores.raw_stream.usage()
+    found = over(kept, desk.setting.clock(), keep_ns, usage.free)
+    for date in found:
         await let_go(desk, date)
-    return over
+    return found
+
+
+async def stream_share(desk: Desk) -> float:
+    """Return how full the raw stream is, 0 to 1; 0 where there is none, which its users tell. Raises `UnreachableError`."""
+    try:
+        return (await desk.stores.raw_stream.usage()).share
+    except NotFoundError:
+        return 0.0
 
 
 async def let_go_of_replay(desk: Desk, day: TradingDay) -> None:
@@ -46,6 +56,15 @@ async def let_go(desk: Desk, date: str) -> None:
     """Empty stream and spool of a day."""
     await desk.stores.raw_stream.purge(date)
     await asyncio.to_thread(shutil.rmtree, spool_dir(desk.setting.home, desk.env, date), ignore_errors=True)
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Return the bytes of every folder in a folder, by its name."""
+    found = {}
+    for directory in folder.iterdir() if folder.is_dir() else ():
+        with contextlib.suppress(FileNotFoundError):  # a connector has just let go of a file
+            found[directory.name] = sum(path.stat().st_size for path in directory.glob("*"))
+    return found
 
 
 def _proved(day: TradingDay) -> bool:

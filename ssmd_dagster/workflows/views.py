@@ -20,12 +20,14 @@ from ssmd_dagster.exchange import OTHER
 from ssmd_dagster.stores.cache import DayStats
 from ssmd_dagster.workflows.desk import Desk
 from ssmd_dagster.workflows.recover import troubles
+from ssmd_dagster.workflows.retention import stream_share
 
 
 class DayView(msgspec.Struct, frozen=True, kw_only=True):
     """One day as it is shown. `state` is ERROR where its processes are gone, journaled or not; `error` says why.
 
-    `over`: its window has closed. `maintenance` is what the exchange has announced for the day; of a COMPLETE one its gaps tell.
+    `over`: its window has closed. `stream_share`: how full the raw stream is, while the day runs. `maintenance` is what the
+    exchange has announced for the day; of a COMPLETE one its gaps tell.
     """
 
     day: TradingDay
@@ -37,6 +39,7 @@ class DayView(msgspec.Struct, frozen=True, kw_only=True):
     components: dict[str, dict[str, Any]]
     at_ns: int
     over: bool = False
+    stream_share: float = 0.0
     maintenance: tuple[Window, ...] = ()
 
     @property
@@ -75,6 +78,7 @@ class DayView(msgspec.Struct, frozen=True, kw_only=True):
             "steps": msgspec.to_builtins(day.steps),
             "stats": None if self.stats is None else msgspec.to_builtins(self.stats),
             "components": self.components,
+            "stream_share": self.stream_share,
             "maintenance": [{"from_ns": one.open_ns, "to_ns": one.close_ns} for one in self.maintenance],
         }
 
@@ -119,6 +123,7 @@ async def view(desk: Desk, day: TradingDay) -> DayView:
     running = day.state in (DayState.STARTING, DayState.ACTIVE, DayState.ERROR, DayState.ENDING)
     windows: tuple[Window, ...] = ()
     stats, components, cache_error = None, {}, None
+    share = await stream_share(desk) if running else 0.0
     try:
         if day.state is not DayState.COMPLETE:
             windows = await desk.stores.cache.maintenance()
@@ -147,6 +152,7 @@ async def view(desk: Desk, day: TradingDay) -> DayView:
         stats=stats,
         components=components,
         at_ns=now_ns,
+        stream_share=round(share, 3),
         over=desk.window(day).close_ns <= now_ns,
         maintenance=touching(windows, desk.window(day)),
     )

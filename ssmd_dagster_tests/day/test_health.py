@@ -31,6 +31,13 @@ def test_a_day_that_is_well_has_no_error() -> None:
     assert (verdict.error, verdict.warnings, verdict.seen) == (None, (), {})
 
 
+def test_a_stream_that_is_nearly_full_is_a_warning() -> None:
+    """What it takes is lost only once the spool is full too."""
+    verdict = judge(look(stream_share=0.9), {})
+    assert verdict.error is None
+    assert [text for text in verdict.warnings if "90% full" in text] == list(verdict.warnings) != []
+
+
 def test_a_missing_heartbeat_counts_when_it_is_seen_twice() -> None:
     """A cache that was emptied, or a process that its supervisor brings back, is no alarm."""
     first = judge(look(without="archiver"), {})

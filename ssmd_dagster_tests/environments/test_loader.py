@@ -42,7 +42,7 @@ def test_the_shipped_folder_has_no_fault() -> None:
     simulated = registry.get("kalshi-sim")
     assert (simulated.transport.type, simulated.cache.type, simulated.storage.type) == ("embedded", "embedded", "local")
     assert simulated.simulator is not None
-    assert (simulated.simulator.seed, simulated.simulator.markets, simulated.simulator.rate_per_second) == (7, 200, 500)
+    assert (simulated.simulator.seed, simulated.simulator.markets, simulated.simulator.rate_per_second) == (7, 200, 200)
     assert simulated.first_day == date(2025, 12, 1)
     buckets = [environment.storage.buckets.raw for environment in registry.environments.values()]
     assert len(set(buckets)) == 3
@@ -247,6 +247,19 @@ def test_environments_do_not_share_keys_of_the_store(tmp_path: Path, other: dict
     found = [(file, key) for file, key, _, _ in faults_of(folder)]
     apart = other.get("storage.path") == "elsewhere"
     assert found == ([] if apart else [(SIM, "storage.buckets.raw"), (SIM, "storage.buckets.normalized")])
+
+
+def test_simulated_exchanges_do_not_share_variables(tmp_path: Path) -> None:
+    """The second one's key would take the place of the first one's, whose exchange then refuses everything."""
+    folder = copied(tmp_path)
+    second = folder / "environments/kalshi-two.yaml"
+    second.write_text((folder / SIM).read_text(encoding="utf-8"), encoding="utf-8")
+    changed(second, {"name": "kalshi-two", "storage.buckets": {"raw": "raw-two", "normalized": "normalized-two"}})
+    assert [(key, value) for _, key, value, _ in faults_of(folder)] == [
+        ("keys.kalshi.fields.key_id", "the variable of kalshi-sim"),
+        ("keys.kalshi.fields.private_key_path", "the variable of kalshi-sim"),
+    ]
+    assert load_registry(folder).get("kalshi-sim").name == "kalshi-sim"
 
 
 def test_equal_buckets_of_s3_are_told_apart_by_their_prefix(tmp_path: Path) -> None:

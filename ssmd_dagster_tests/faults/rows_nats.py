@@ -108,6 +108,7 @@ def stream_full(stage: Stage) -> None:
     stage.with_stores(limit)
     stage.wait(lambda: stage.beat("connector-a").get("unacked_batches", 0) > 40, "the lag to show", 90)
     stage.detected(since)
+    assert "the raw stream is" in stage.house.ssmd("day", "status", ENV).stdout
     since = time.monotonic()
     stage.with_stores(more_room)
     stage.recovered(since)

@@ -145,6 +145,8 @@ async def test_a_full_stream_refuses_and_keeps_what_it_has(raw: RawStream) -> No
         await asyncio.gather(*(publish(number) for number in range(2, 5)))
     held = len(await raw.batches(DATE))
     assert held < 5
+    usage = await raw.usage()
+    assert (usage.limit, usage.free < len(payload), 0.75 < usage.share <= 1) == (2 * MIB, True, True)
     await raw.purge("2025-12-13")
     await publish(5)
     assert len(await raw.batches(DATE)) == held + 1

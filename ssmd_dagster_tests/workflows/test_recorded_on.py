@@ -86,6 +86,13 @@ async def test_a_late_roll_takes_over_what_lies_before_it_and_heals_its_own_fail
     ]
 
 
+async def test_a_roll_of_some_seconds_late_takes_over_what_lies_before_it() -> None:
+    """Its connector has no snapshots yet when the day opens: the books are those of the old day's."""
+    desk, log = two_days(started_ns=MIDNIGHT + 17 * S, ended_ns=MIDNIGHT + 18 * S)
+    add_gap(log, BEFORE, "theirs", MIDNIGHT + 2 * S, MIDNIGHT + 3 * S)
+    assert await taken(desk, log) == [(f"theirs-of-{BEFORE}", MIDNIGHT + 2 * S, MIDNIGHT + 3 * S, "stays")]
+
+
 @pytest.mark.parametrize("late_start", [True, False])
 async def test_a_day_before_that_was_dead_or_ended_in_time_heals_nothing(late_start: bool) -> None:
     """A late start says that nobody recorded; an old day that ended seconds after midnight recorded nothing of it."""

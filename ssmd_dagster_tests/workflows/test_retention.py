@@ -10,12 +10,14 @@ import pytest
 
 from ssmd_dagster.day.calendar import Window
 from ssmd_dagster.day.states import EventName
+from ssmd_dagster.stores.stream import Usage
 from ssmd_dagster.workflows.desk import Desk
 from ssmd_dagster.workflows.retention import let_go_of_sealed_days
 from ssmd_dagster_tests.day.builders import ENV, Log
 
 DAY_NS = 86_400_000_000_000
 RETAIN_DAYS = 2
+SIZE = 10
 SEAL = (EventName.END_REQUESTED, EventName.COMPLETED, EventName.SEALED)
 DAYS: dict[str, tuple[EventName, ...]] = {
     "2025-12-10": SEAL,
@@ -37,10 +39,13 @@ def scene(tmp_path: Path) -> tuple[Desk, Path, list[str], dict[str, int]]:
         for event in (EventName.DEFINED, EventName.START_REQUESTED, EventName.STARTED, *events):
             log.add(event, date=date)
         (folder / date).mkdir(parents=True)
-        (folder / date / "1-a-0.batches").write_bytes(b"x")
+        (folder / date / "1-a-0.batches").write_bytes(b"x" * SIZE)
     (folder / "lost+found").mkdir()
     purged: list[str] = []
-    clock = {"now": 0}
+    clock = {"now": 0, "free": SIZE}
+
+    async def usage() -> Usage:
+        return Usage(1_000, 1_000 + clock["free"])
 
     async def purge(date: str) -> None:
         purged.append(date)
@@ -55,7 +60,7 @@ def scene(tmp_path: Path) -> tuple[Desk, Path, list[str], dict[str, int]]:
         setting=SimpleNamespace(
             home=tmp_path, env=SimpleNamespace(retain_days=RETAIN_DAYS), clock=lambda: clock["now"]
         ),
-        stores=SimpleNamespace(raw_stream=SimpleNamespace(purge=purge)),
+        stores=SimpleNamespace(raw_stream=SimpleNamespace(purge=purge, usage=usage)),
         book=SimpleNamespace(book=log.book),
     )
     return cast("Desk", desk), folder, purged, clock
@@ -82,3 +87,16 @@ async def test_what_is_not_sealed_stays_for_ever(scene: tuple[Desk, Path, list[s
     assert await let_go_of_sealed_days(desk) == ("2025-12-10", "2025-12-13", "2025-12-14")
     assert purged == ["2025-12-10", "2025-12-13", "2025-12-14"]
     assert sorted(path.name for path in folder.iterdir()) == ["2025-12-11", "2025-12-12", "2025-12-15", "lost+found"]
+
+
+async def test_a_stream_without_room_for_another_day_gets_it_from_the_oldest_sealed(
+    scene: tuple[Desk, Path, list[str], dict[str, int]],
+) -> None:
+    """One byte short is too short; no more goes than is needed."""
+    desk, _, purged, clock = scene
+    assert await let_go_of_sealed_days(desk) == ()
+    clock["free"] = SIZE - 1
+    assert await let_go_of_sealed_days(desk) == ("2025-12-10",)
+    clock["free"] = 0
+    assert await let_go_of_sealed_days(desk) == ("2025-12-13",)
+    assert purged == ["2025-12-10", "2025-12-13"]

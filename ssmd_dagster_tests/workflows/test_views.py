@@ -10,6 +10,7 @@ from ssmd_dagster.day.calendar import Window
 from ssmd_dagster.day.states import DayState, EventName
 from ssmd_dagster.environments.loader import load_registry
 from ssmd_dagster.errors import UnreachableError
+from ssmd_dagster.stores.stream import Usage
 from ssmd_dagster.workflows.desk import Desk
 from ssmd_dagster.workflows.views import view
 from ssmd_dagster_tests.day.builders import ENV, started
@@ -44,9 +45,13 @@ def desk_with(beats: dict[str, dict[str, Any]] | None) -> Desk:
             env=ENV,
             window=lambda _day: Window(open_ns=0, close_ns=1),
             setting=SimpleNamespace(env=load_registry().environments["kalshi-sim"], clock=lambda: 9),
-            stores=SimpleNamespace(cache=Cache(beats)),
+            stores=SimpleNamespace(cache=Cache(beats), raw_stream=SimpleNamespace(usage=_usage)),
         ),
     )
+
+
+async def _usage() -> Usage:
+    return Usage(80, 100)
 
 
 async def test_an_end_that_is_held_up_says_by_what() -> None:
@@ -57,6 +62,7 @@ async def test_an_end_that_is_held_up_says_by_what() -> None:
     desk = desk_with({"archiver": beat, "connector-a": {"error": None}})
     seen = await view(desk, log.day())
     assert (seen.state, seen.error) == (DayState.ENDING, f"archiver: {beat['error']}")
+    assert seen.stream_share == 0.8
     beat.clear()
     assert (await view(desk, log.day())).error is None
 
