@@ -16,8 +16,9 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from hashlib import sha256
+from http import HTTPStatus
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import obstore
 import obstore.exceptions
@@ -32,12 +33,12 @@ if TYPE_CHECKING:
 
 _KEY = re.compile(r"(?!\.)[A-Za-z0-9_.%=-]+(/(?!\.)[A-Za-z0-9_.%=-]+)*")
 _STATUS = re.compile(r"status code: (\d{3})")
+_PASSING_STATUSES = frozenset({HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.CONFLICT, HTTPStatus.TOO_MANY_REQUESTS})
 _INCOMING = ".incoming"
 _CHUNK_BYTES = 8 * 1024 * 1024
 _REQUEST_TIMEOUT_S = 120.0
 _LARGE_BYTES = 96 * 1024 * 1024
-"""More than a segment has; a day's tables may have more by far."""
-_SLOWEST_BYTES_PER_S = 256 * 1024
+"""More than a segment has; a day's tables may have more by far, and go in parts."""
 _CONFIGURATION_ERRNOS = frozenset({1, 13, 30})
 """EPERM, EACCES, EROFS."""
 
@@ -153,10 +154,7 @@ class ObjectStore(ABC):
 
     def _classified(self, error: Exception, where: str) -> SsmdError:
         status = _STATUS.search(str(error))
-        what = str(error).partition("\n")[0]
-        if status is not None and 400 <= int(status[1]) < 500 and int(status[1]) not in (408, 429):
-            return ConfigurationError(what, where=where, do="Check storage in the environment's file")
-        return UnreachableError(what, where=where, do="Check that the object store runs")
+        return _refused(int(status[1]) if status is not None else 0, str(error).partition("\n")[0], where)
 
 
 class LocalObjectStore(ObjectStore):
@@ -229,39 +227,68 @@ class S3ObjectStore(ObjectStore):
             config["access_key_id"] = access_key_id
             config["secret_access_key"] = secret_access_key
 
-        def opened(timeout_s: float) -> S3Store:
-            return S3Store(
-                bucket,
-                prefix=prefix or None,
-                config=config,
-                client_options={
-                    "allow_http": endpoint is not None and endpoint.startswith("http://"),
-                    "connect_timeout": "3s",
-                    "timeout": timedelta(seconds=timeout_s),
+        store = S3Store(
+            bucket,
+            prefix=prefix or None,
+            config=config,
+            client_options={
+                "allow_http": endpoint is not None and endpoint.startswith("http://"),
+                "connect_timeout": "3s",
+                "timeout": timedelta(seconds=_REQUEST_TIMEOUT_S),
+            },
+            retry_config={
+                "max_retries": 3,
+                "retry_timeout": timedelta(seconds=20),
+                "backoff": {
+                    "init_backoff": timedelta(milliseconds=100),
+                    "max_backoff": timedelta(seconds=2),
+                    "base": 2,
                 },
-                retry_config={
-                    "max_retries": 3,
-                    "retry_timeout": timedelta(seconds=20),
-                    "backoff": {
-                        "init_backoff": timedelta(milliseconds=100),
-                        "max_backoff": timedelta(seconds=2),
-                        "base": 2,
-                    },
-                },
-            )
-
-        self._opened = opened
-        self._url = f"s3://{bucket}/{prefix}/" if prefix else f"s3://{bucket}/"
-        super().__init__(opened(_REQUEST_TIMEOUT_S), f"{self._url.rstrip('/')} at {endpoint or 'AWS'}")
+            },
+        )
+        self._bucket, self._prefix = bucket, f"{prefix}/" if prefix else ""
+        self._client: dict[str, Any] = {
+            "region": region,
+            "endpoint": endpoint,
+            "access_key_id": access_key_id,
+            "secret_access_key": secret_access_key,
+        }
+        self._url = f"s3://{bucket}/{self._prefix}"
+        super().__init__(store, f"{self._url.rstrip('/')} at {endpoint or 'AWS'}")
 
     async def create(self, key: str, content: bytes | Path) -> None:
-        """Write an object with a single conditional request; see `ObjectStore.create`. A large one may take its time."""
+        """Write an object with a single conditional request, a large file in parts; see `ObjectStore.create`."""
+        _checked(key)
+        if isinstance(content, Path) and content.stat().st_size > _LARGE_BYTES:
+            await self._refuse_existing(key)  # before gigabytes are sent for nothing
+            await asyncio.to_thread(self._create_in_parts, key, content)
+            return
         data = content if isinstance(content, bytes) else await asyncio.to_thread(content.read_bytes)
         with self._errors(key):
-            store = self._store
-            if len(data) > _LARGE_BYTES:
-                store = self._opened(_REQUEST_TIMEOUT_S + len(data) / _SLOWEST_BYTES_PER_S)
-            await obstore.put_async(store, _checked(key), data, mode="create", use_multipart=False)
+            await obstore.put_async(self._store, key, data, mode="create", use_multipart=False)
+
+    async def _refuse_existing(self, key: str) -> None:
+        try:
+            await self.head(key)
+        except NotFoundError:
+            return
+        raise ObjectExistsError("the object exists already", where=f"{self._where}/{key}")
+
+    def _create_in_parts(self, key: str, path: Path) -> None:
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        from ssmd_dagster.stores import parts
+
+        where = f"{self._where}/{key}"
+        try:
+            parts.create_in_parts(parts.open_client(**self._client), self._bucket, f"{self._prefix}{key}", path)
+        except ClientError as error:
+            status = parts.status_of(error)
+            if status == HTTPStatus.PRECONDITION_FAILED:
+                raise ObjectExistsError("the object exists already", where=where) from error
+            raise _refused(status, str(error), where) from error
+        except BotoCoreError as error:
+            raise _refused(0, str(error), where) from error
 
     def url(self, key: str) -> str:
         """Return `s3://bucket/prefix/key`."""
@@ -293,6 +320,13 @@ def open_object_stores(env: Environment, home: Path, secrets: Mapping[str, str])
         for bucket in buckets
     )
     return first, second
+
+
+def _refused(status: int, what: str, where: str) -> SsmdError:
+    """Return the error of an answer with this HTTP status, 0 where there was none."""
+    if 400 <= status < 500 and status not in _PASSING_STATUSES:
+        return ConfigurationError(what, where=where, do="Check storage in the environment's file")
+    return UnreachableError(what, where=where, do="Check that the object store runs")
 
 
 def _checked(key: str) -> str:

@@ -439,8 +439,10 @@ async def _upload(store: ObjectStore, files: Sequence[tuple[TableFile, str]], to
             try:
                 await store.create(key, Path(file.path))
             except ObjectExistsError as error:
-                there = hashlib.sha256(await store.get(key)).hexdigest()
-                if there != file.sha256:  # an own retry after a lost answer finds its own bytes
+                there = hashlib.sha256()
+                async for chunk in store.stream(key):
+                    there.update(chunk)
+                if there.hexdigest() != file.sha256:  # an own retry after a lost answer finds its own bytes
                     raise SsmdError(
                         "another normaliser stored other tables at the same time",
                         where=store.url(key),

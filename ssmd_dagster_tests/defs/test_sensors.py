@@ -370,6 +370,16 @@ def test_a_fault_of_ours_in_one_environment_does_not_silence_the_others(looking_
     assert "no answer within 0.2 s" in str(slept.error)
 
 
+def test_a_stack_that_is_down_fails_a_tick(looking_idly: Dagster, idle: str, instance: dg.DagsterInstance) -> None:
+    """Where no environment can be looked at `health` fails and says why, so that the UI shows it; one that answers is enough."""
+    assert "away cannot be looked at" in looking_idly.tick("health").skip_message
+    alone = Dagster(instance, "away")
+    with pytest.raises(dg.Failure) as caught:
+        alone.tick("health")
+    assert "away cannot be looked at: no answer" in str(caught.value.description)
+    alone.watch.close()
+
+
 def test_a_broken_environment_has_a_sensor_that_says_so(in_house: House, env_name: str, tmp_path: Path) -> None:
     """It fails with the faults; the others keep their sensors."""
     in_house.add(env_name, simulator={"seed": 1})

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from ssmd_dagster.errors import ConfigurationError, NotFoundError, SsmdError, UnreachableError
-from ssmd_dagster.stores import objects
+from ssmd_dagster.stores import objects, parts
 from ssmd_dagster.stores.objects import (
     LocalObjectStore,
     ObjectExistsError,
@@ -207,7 +207,7 @@ async def test_a_disk_that_fails_is_transient(tmp_path: Path) -> None:
 
 _KILLED_WRITER = """
 import asyncio, os, pathlib, signal, sys
-from ssmd_dagster.stores import objects
+from ssmd_dagster.stores import objects, parts
 real = os.fsync
 calls = 0
 def fsync(descriptor):
@@ -242,22 +242,50 @@ async def test_a_writer_killed_at_any_point_leaves_all_or_nothing(tmp_path: Path
     assert list((tmp_path / ".incoming").iterdir()) == []
 
 
-async def test_a_large_object_may_take_as_long_as_its_size_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is too slow for a small one is none too slow for a day's table on a thin line."""
-    monkeypatch.setattr(objects, "_REQUEST_TIMEOUT_S", 0.1)
-    monkeypatch.setattr(objects, "_LARGE_BYTES", 1_000)
-    monkeypatch.setattr(objects, "_SLOWEST_BYTES_PER_S", 1_000)
+@pytest.fixture
+def in_parts(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Let a part be as small as S3 takes it, and a file be large from there on; return those bytes."""
+    monkeypatch.setattr(objects, "_LARGE_BYTES", 5 << 20)
+    monkeypatch.setattr(parts, "PART_BYTES", 5 << 20)
+    monkeypatch.setattr(parts, "ATTEMPTS", 2)
+    return 5 << 20
 
-    async def answer_late(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.readuntil(b"\r\n\r\n")
-        await asyncio.sleep(0.5)
-        writer.write(b'HTTP/1.1 200 OK\r\nETag: "1"\r\nContent-Length: 0\r\n\r\n')
-        writer.close()
 
-    server = await asyncio.start_server(answer_late, "127.0.0.1", 0)
-    async with server:
-        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-        store = S3ObjectStore("bucket", region="x", endpoint=url, access_key_id="a", secret_access_key="b")
-        with pytest.raises(UnreachableError):
-            await store.create("small", bytes(1_000))
-        await store.create("large", bytes(10_000))
+@pytest.mark.parametrize("prefix", ["", "team/ssmd"])
+async def test_a_large_file_goes_in_parts_and_is_never_put_over_another(
+    s3: servers.S3Server, tmp_path: Path, env_name: str, in_parts: int, prefix: str
+) -> None:
+    """It is read back as it was; a second one is refused, and its parts are taken away."""
+    s3.make_bucket(env_name)
+    store = s3_store(s3, env_name, prefix=prefix)
+    content = os.urandom(in_parts * 2 + 17)
+    source, other = tmp_path / "source", tmp_path / "other"
+    source.write_bytes(content)
+    other.write_bytes(content[::-1])
+    await store.create("large", source)
+    with pytest.raises(ObjectExistsError):
+        await store.create("large", other)
+    with pytest.raises(ObjectExistsError):  # another writer was quicker
+        await asyncio.to_thread(store._create_in_parts, "large", other)
+    assert b"".join([chunk async for chunk in store.stream("large")]) == content
+    assert await store.list() == [ObjectInfo("large", len(content))]
+    client = parts.open_client(
+        region="us-east-1",
+        endpoint=s3.url,
+        access_key_id=s3.access_key_id,
+        secret_access_key=s3.secret_access_key,
+    )
+    assert client.list_multipart_uploads(Bucket=env_name).get("Uploads", []) == []
+
+
+async def test_a_large_file_meets_the_same_errors(
+    s3: servers.S3Server, tmp_path: Path, env_name: str, in_parts: int
+) -> None:
+    """A bucket that is missing is a matter of configuration, a service that is away is not."""
+    source = tmp_path / "source"
+    source.write_bytes(bytes(in_parts + 1))
+    with pytest.raises(ConfigurationError, match="bucket"):
+        await s3_store(s3, f"{env_name}-gone").create("large", source)
+    away = s3_store(s3, env_name, endpoint=f"http://127.0.0.1:{servers.free_port()}")
+    with pytest.raises(UnreachableError):
+        await away.create("large", source)
