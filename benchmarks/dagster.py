@@ -94,7 +94,7 @@ def _times(house: House) -> dict[int, tuple[str, float]]:
     found: dict[int, tuple[str, float]] = {}
     words = {
         "supervisord": "supervisord", "nats-server": "NATS", "valkey": "cache", "ssmd_dagster.simulator": "simulated exchange",
-        "_daemon": "daemon", "webserver": "webserver", "code-server": "code server", "api grpc": "code server's child",
+        "_daemon": "daemon", "webserver": "webserver", "code_server": "code server", "api grpc": "code server's child",
     }  # fmt: skip
     for process in psutil.process_iter(["cmdline"]):
         try:

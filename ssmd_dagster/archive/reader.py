@@ -30,6 +30,7 @@ from ssmd_dagster.archive.recorded import (
     Recorded,
     Sealed,
     TableFile,
+    bounds_of,
     dates_of,
     find,
     store_error,
@@ -208,8 +209,8 @@ def load(
             stay exact beside nulls) or duckdb (a relation of the default connection). Polars and DuckDB read when asked to,
             with their own readers, which pass over the checksum of a page; the others check every page that they read.
         on_gap: What a hole of the asked interval, an unverified day, or (within a range) a day without tables or one that
-            was not recorded between others is: raise an error, warn of it, or nothing. Maintenance of the exchange and
-            scheduled pauses are no holes.
+            was not recorded is: raise an error, warn of it, or nothing. Maintenance of the exchange and scheduled pauses
+            are no holes.
         revision: Take this sealed revision of the day; None is the latest.
         from_ns: Only rows from this event time on; it also limits which holes matter. `to_ns` likewise, exclusive.
         decimals: Give prices in dollars and counts in contracts, as exact decimals, in place of the scaled integers.
@@ -274,9 +275,9 @@ def select(
         raise UsageError("the table coverage is not chosen by ticker", do="Use `coverage(…, tickers=…)`")
     files: list[TableFile] = []
     dates = dates_of(recorded, date)
-    if absent := _skipped(recorded, dates):
+    if absent := _not_recorded(date, dates):
         more = f" and {len(absent) - _GAPS_TOLD} more" if len(absent) > _GAPS_TOLD else ""
-        what = f"not recorded, though days before and after are: {', '.join(absent[:_GAPS_TOLD])}{more}"
+        what = f"not recorded, though the range asks for them: {', '.join(absent[:_GAPS_TOLD])}{more}"
         do = "on_gap='warn' or 'ignore' takes the days that there are; a missed day's trades can be had: `ssmd day backfill`"
         _tell(DayNotFoundError(what, where=recorded.name, do=do), on_gap)
     for day in dates:
@@ -366,11 +367,11 @@ def known_hole(row: dict[str, Any], from_ns: int | None, to_ns: int | None) -> b
     )
 
 
-def _skipped(recorded: Recorded, dates: Sequence[str]) -> list[str]:
-    """Return the days between those that nothing is recorded of."""
-    first, last = map(Date.fromisoformat, (dates[0], dates[-1]))
-    between = {(first + timedelta(days=n)).isoformat() for n in range((last - first).days)}
-    return sorted(between - set(dates))
+def _not_recorded(wanted: Dates, dates: Sequence[str]) -> list[str]:
+    """Return the days of a range that nothing is recorded of."""
+    first, last = map(Date.fromisoformat, bounds_of(wanted))
+    asked = ((first + timedelta(days=n)).isoformat() for n in range((last - first).days + 1))
+    return sorted(set(asked) - set(dates))
 
 
 def _file_of(
@@ -454,24 +455,33 @@ def _outside() -> int:
 
 
 def warn_of_absent_tickers(selection: Selection) -> None:
-    """Warn of tickers without a row; the security master says whether they existed."""
+    """Warn of tickers without a row, once for those that existed and once for the others, as the security master says."""
     if selection.tickers is None or selection.table in _WITHOUT_TIME or not selection.files:
         return
-    for ticker in selection.absent_tickers():
-        dates = selection.files[0].date
-        dates += f" to {selection.files[-1].date}" if len(selection.files) > 1 else ""
-        note = f"{ticker} has no row in {selection.table} of {dates}: {_listing(selection, ticker)}"
-        warnings.warn(note, NoRowsWarning, stacklevel=_outside())
+    absent = selection.absent_tickers()
+    dates = selection.files[0].date
+    dates += f" to {selection.files[-1].date}" if len(selection.files) > 1 else ""
+    for tickers, why in _listing(selection, absent):
+        if tickers:
+            named = ", ".join(tickers[:_GAPS_TOLD])
+            more = f" and {len(tickers) - _GAPS_TOLD} more have" if len(tickers) > _GAPS_TOLD else ""
+            have = more or (" has" if len(tickers) == 1 else " have")
+            note = f"{named}{have} no row in {selection.table} of {dates}: {why}"
+            warnings.warn(note, NoRowsWarning, stacklevel=_outside())
 
 
-def _listing(selection: Selection, ticker: str) -> str:
+def _listing(selection: Selection, tickers: list[str]) -> list[tuple[list[str], str]]:
+    """Return the tickers that the exchange listed and those that it did not, each with what that means."""
     recorded = selection.recorded
     files = [found for file in selection.files if (found := recorded.file(file.date, "security_master", file.as_of))]
-    if not files:
-        return "whether the exchange listed it is not known"
-    if Selection(recorded, "security_master", tuple(files), (ticker,)).row_count():
-        return "the exchange listed it, and nothing of the kind happened"
-    return "it was not among the recorded markets"
+    if not files or not tickers:
+        return [(tickers, "whether listed by the exchange is not known")]
+    masters = Selection(recorded, "security_master", tuple(files), tuple(tickers)).read(["ticker"])
+    listed = set(masters["ticker"].to_pylist())
+    return [
+        ([one for one in tickers if one in listed], "listed by the exchange, and nothing of the kind happened"),
+        ([one for one in tickers if one not in listed], "not among the recorded markets"),
+    ]
 
 
 def _opened(parquet: ds.ParquetFileFormat, filesystem: fs.FileSystem, file: TableFile) -> ds.ParquetFileFragment:

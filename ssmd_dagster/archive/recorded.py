@@ -310,18 +310,35 @@ def dates_of(recorded: Recorded, wanted: Dates) -> list[str]:
         UsageError: Not a date, or a range of other than two, or backwards.
         DayNotFoundError: No day of the range is recorded.
     """
-    if isinstance(wanted, str | Date) or not isinstance(wanted, Sequence):
-        return [_written(wanted)]
-    if len(wanted) != 2:
-        raise UsageError(f"a range has a first and a last day, got {len(wanted)}", do="Give one date, or two")
-    first, last = (_written(one) for one in wanted)
-    if last < first:
-        raise UsageError(f"the range ends before it begins: {first} to {last}", do="Swap the dates")
+    first, last = bounds_of(wanted)
+    if _is_one(wanted):
+        return [first]
     found = [date for date in recorded.dates() if first <= date <= last]
     if not found:
         error = recorded.not_recorded(first)
         raise DayNotFoundError(f"no day from {first} to {last} is recorded", where=error.where, do=error.do)
     return found
+
+
+def bounds_of(wanted: Dates) -> tuple[str, str]:
+    """Return the first and the last date that are meant.
+
+    Raises:
+        UsageError: Not a date, or a range of other than two, or backwards.
+    """
+    if _is_one(wanted):
+        return _written(wanted), _written(wanted)
+    assert isinstance(wanted, Sequence)
+    if len(wanted) != 2:
+        raise UsageError(f"a range has a first and a last day, got {len(wanted)}", do="Give one date, or two")
+    first, last = (_written(one) for one in wanted)
+    if last < first:
+        raise UsageError(f"the range ends before it begins: {first} to {last}", do="Swap the dates")
+    return first, last
+
+
+def _is_one(wanted: Dates) -> bool:
+    return isinstance(wanted, str | Date) or not isinstance(wanted, Sequence)
 
 
 def _written(date: object) -> str:

@@ -124,6 +124,8 @@ async def up(
     for environment in environments:
         if environment.name == GROUP:
             raise ConfigurationError(f"no environment can be called {GROUP!r}", where=environment.name, do="Rename it")
+    if dagster:
+        _check_instance(home)
     async with _locked(home):
         supervisor, is_new, orphans = await start_supervisor(home)
         for orphan in orphans:
@@ -395,8 +397,8 @@ def _code_server(home: Path, exchanges: Path, stack: EmbeddedStack, module: str)
     port = stack.ports["dagster-code"]
     # Not `_PYTHON`: while it loads the module Dagster takes the first entry of the path for the script's folder.
     command = (
-        # `code-server start`, not `api grpc`: it loads the module anew when the location is reloaded in the UI.
-        *(sys.executable, "-m", "dagster", "code-server", "start", "-h", HOST, "-p", str(port), "-m", module),
+        # Not `dagster api grpc`: this one loads the module anew when the location is reloaded in the UI.
+        *(sys.executable, "-m", "ssmd_dagster.defs.code_server", "start", "-h", HOST, "-p", str(port), "-m", module),
         *("--location-name", CODE_LOCATION, "--use-python-environment-entry-point"),
         *("--working-directory", str(project_dir()), "--log-level", "warning"),
     )
@@ -408,16 +410,30 @@ def _code_server(home: Path, exchanges: Path, stack: EmbeddedStack, module: str)
     )
 
 
-def _dagster(home: Path, exchanges: Path, stack: EmbeddedStack) -> list[_Part]:
-    """Write the instance's files and return the webserver and the daemon, which need the code server."""
-    folder = dagster_dir(home)
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    source = project_dir() / "dagster.yaml"
+def _check_instance(home: Path) -> None:
+    """Raise where Dagster has no settings, or where this home's has others, as in production: its units run the one daemon."""
+    source, target = project_dir() / "dagster.yaml", dagster_dir(home) / "dagster.yaml"
     if not source.exists():
         raise ConfigurationError(
             "Dagster's instance has no settings", where=str(source), do="Run from a checkout, or `ssmd up --no-dagster`"
         )
-    shutil.copyfile(source, folder / "dagster.yaml")
+    if target.exists() and _storage(target) not in (None, _storage(source)):
+        raise ConfigurationError(
+            "Dagster has a storage of its own here, so this is no place for another daemon",
+            where=str(target),
+            do="Run `ssmd up --no-dagster`; where nothing else runs this Dagster, remove that file",
+        )
+
+
+def _storage(settings: Path) -> object:
+    return (yaml.safe_load(settings.read_text(encoding="utf-8")) or {}).get("storage")
+
+
+def _dagster(home: Path, exchanges: Path, stack: EmbeddedStack) -> list[_Part]:
+    """Write the instance's files and return the webserver and the daemon, which need the code server."""
+    folder = dagster_dir(home)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    shutil.copyfile(project_dir() / "dagster.yaml", folder / "dagster.yaml")
     server = {"host": HOST, "port": stack.ports["dagster-code"], "location_name": CODE_LOCATION}
     workspace = folder / "workspace.yaml"
     workspace.write_text(yaml.safe_dump({"load_from": [{"grpc_server": server}]}), encoding="utf-8")

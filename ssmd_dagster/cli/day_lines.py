@@ -24,6 +24,7 @@ from ssmd_dagster.day.health import unknown_words
 from ssmd_dagster.day.ledger import Ledger
 from ssmd_dagster.day.maintenance import described
 from ssmd_dagster.day.payloads import DriftFound
+from ssmd_dagster.day.reconcile import after_failure
 from ssmd_dagster.day.retention import nearly_full_words
 from ssmd_dagster.day.states import DayState
 from ssmd_dagster.workflows.desk import Progress
@@ -87,7 +88,7 @@ def print_history(views: list[DayView]) -> None:
             view.state.value,
             to_the_minute(day.started_ns) if day.started_ns is not None else "-",
             to_the_minute(day.ended_ns) if day.ended_ns is not None else "-",
-            thousands(view.messages),
+            "-" if view.messages is None else thousands(view.messages),
             str(view.gaps),
         ]
         click.echo(_row(cells))
@@ -110,7 +111,7 @@ def print_day(env: str, view: DayView, gaps_shown: int | None = None, newest: Dr
             click.echo(f"{title}: {rfc3339(at_ns)}{here}")
     if day.started_ns is not None:
         click.echo(f"Duration: {duration((day.ended_ns or view.at_ns) - day.started_ns)}")
-    click.echo(f"Messages: {thousands(view.messages)}")
+    click.echo(f"Messages: {messages_text(view)}")
     click.echo(f"Gaps: {view.gaps}")
     several = len({str(gap.scope["component"]) for gap in day.gaps if "component" in gap.scope}) > 1
     for gap in day.gaps[:gaps_shown]:
@@ -120,6 +121,9 @@ def print_day(env: str, view: DayView, gaps_shown: int | None = None, newest: Dr
     print_maintenance(env, view)
     if day.archive_url is not None:
         click.echo(f"Archive: {day.archive_url}")
+    if day.seals:
+        sealed = ", ".join(f"r{revision} ({rfc3339(at_ns)})" for revision, at_ns in day.seals)
+        click.echo(f"Sealed: {sealed}")
     if day.condition is not None:
         click.echo(f"Condition: {day.condition}")
         for reason in day.condition_reasons:
@@ -139,6 +143,8 @@ def print_day(env: str, view: DayView, gaps_shown: int | None = None, newest: Dr
         print_ledger(ledger)
         if missing := ledger.not_computed_briefly():
             click.echo(f"  not computed: {', '.join(missing)}")
+    if day.forced_by is not None and day.sealed is None:
+        click.echo(f"Next: ssmd day verify {env} {day.date}")
     if view.error:
         click.echo(f"Error: {view.error}")
         if day.failed_step:
@@ -182,6 +188,11 @@ def _count(count: int | None) -> str:
     return "not computed" if count is None else thousands(count)
 
 
+def messages_text(view: DayView) -> str:
+    """Return how many messages a day has, as far as that is known."""
+    return "not known" if view.messages is None else thousands(view.messages)
+
+
 def print_status(env: str, view: DayView, paused: Paused | None) -> None:
     """Print a day's status, and who has paused the environment."""
     click.echo(f"Environment: {env}")
@@ -190,15 +201,27 @@ def print_status(env: str, view: DayView, paused: Paused | None) -> None:
     if view.day.started_ns is not None:
         ago = duration(view.at_ns - view.day.started_ns)
         click.echo(f"Started: {rfc3339(view.day.started_ns)} ({ago} ago)")
-    click.echo(f"Messages: {thousands(view.messages)}")
+    click.echo(f"Messages: {messages_text(view)}")
     click.echo(f"Gaps: {view.gaps}")
     print_maintenance(env, view)
     _print_fill(view)
     if view.error:
         click.echo(f"Error: {view.error}")
         print_next_command(env, view)
+    _print_unended(env, view)
     if paused is not None:
         click.echo(f"Schedules: {paused_text(paused)}; ssmd env resume {env}")
+
+
+def _print_unended(env: str, view: DayView) -> None:
+    """Print that the day is over and records on, or that an earlier one is not ended; in a roll both are so for a while."""
+    running = (DayState.ACTIVE, DayState.ERROR)
+    if view.behind is not None:
+        todo = f" still; ssmd day roll {env} ends it" if view.behind.state in running else ""
+        click.echo(f"Behind: {view.behind.date} is {view.behind.state}{todo}")
+    elif view.over and view.state in running and view.day.mode == "live":
+        verb = "roll" if load_setting(env).env.schedule.auto_roll else "end"
+        click.echo(f"Over: its window has closed, and it records on; ssmd day {verb} {env}")
 
 
 def print_maintenance(env: str, view: DayView) -> None:
@@ -215,11 +238,7 @@ def _print_fill(view: DayView) -> None:
 def print_next_command(env: str, view: DayView) -> None:
     """Print which command brings a day on that failed or is in error."""
     if view.state is DayState.FAILED:
-        date = view.day.date
-        if view.day.mode == "replay" or (view.over and not view.day.ever_active):  # a start would leave it ACTIVE
-            click.echo(f"Next: ssmd day backfill {env} --from {date} --to {date}")
-        else:
-            click.echo(f"Next: ssmd day {'end' if view.day.ever_active else 'start'} {env} --date {date}")
+        click.echo(f"Next: {after_failure(env, view.day, over=view.over)}")
     elif view.state is DayState.ERROR:
         click.echo(f"Next: ssmd day recover {env} --date {view.day.date}")
 
@@ -256,6 +275,8 @@ class Printer:
         stream = sys.stderr if self._err else sys.stdout
         if progress.kind == "done":
             self.line(f"{indent}{mark(True, stream)} {progress.title}")
+        elif progress.kind == "skipped":
+            self.line(f"{indent}- {progress.title}: {progress.detail}")
         elif progress.kind == "failed":
             self.line(f"{indent}{mark(False, stream)} {progress.title}")
         elif progress.kind == "note":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import io
 import sys
 from typing import Any, NoReturn
 
@@ -10,7 +12,7 @@ import click
 import msgspec
 
 from ssmd_dagster.capture.setting import load_setting
-from ssmd_dagster.cli.day_lines import print_status
+from ssmd_dagster.cli.day_lines import messages_text, print_status
 from ssmd_dagster.cli.desk import actor, date_option, env_argument, json_option
 from ssmd_dagster.cli.output import duration, message, plain_pause, thousands, time_of_day
 from ssmd_dagster.day.calendar import parse_date
@@ -20,6 +22,8 @@ from ssmd_dagster.workflows.desk import open_desk
 from ssmd_dagster.workflows.views import DayView, status
 
 _NS_PER_S = 1e9
+# Written over what stands there, in one go, so that nothing flickers.
+_HOME, _TO_END_OF_LINE, _TO_END_OF_SCREEN = "\x1b[H", "\x1b[K", "\x1b[J"
 
 
 @click.command("watch")
@@ -40,7 +44,8 @@ def watch_command(env: str, date: str | None, every_s: float, as_json: bool) -> 
     Where the output is no terminal, and with --json, one line a look.
     """
     wanted = None if date is None else parse_date(date).isoformat()
-    asyncio.run(_watch(env, wanted, every_s, as_json))
+    with contextlib.suppress(KeyboardInterrupt):  # that is how it is meant to end
+        asyncio.run(_watch(env, wanted, every_s, as_json))
 
 
 async def _watch(env: str, date: str | None, every_s: float, as_json: bool) -> NoReturn:
@@ -68,19 +73,21 @@ def _show(env: str, view: DayView, before: DayView | None, paused: Paused | None
     if not sys.stdout.isatty():
         trouble = f"  {view.error}" if view.error else ""
         click.echo(
-            f"{time_of_day(view.at_ns)}  {view.day.date}  {view.state}  {thousands(view.messages)} messages  "
+            f"{time_of_day(view.at_ns)}  {view.day.date}  {view.state}  {messages_text(view)} messages  "
             f"{per_s}  {view.gaps} gaps{trouble}"
         )
         return
-    click.clear()
-    print_status(env, view, paused)
-    click.echo(f"\nAt {time_of_day(view.at_ns)} UTC: {per_s}")
-    for name, beat in view.components.items():
-        click.echo(f"  {name:<13} {_fares(view, beat)}")
+    with contextlib.redirect_stdout(io.StringIO()) as screen:
+        print_status(env, view, paused)
+    lines = [*screen.getvalue().splitlines(), "", f"At {time_of_day(view.at_ns)} UTC: {per_s}"]
+    lines += [f"  {name:<13} {_fares(view, beat)}" for name, beat in view.components.items()]
+    click.echo(_HOME + "".join(f"{line}{_TO_END_OF_LINE}\n" for line in lines) + _TO_END_OF_SCREEN, nl=False)
 
 
 def _per_second(view: DayView, before: DayView | None) -> str:
     if before is None or before.day.date != view.day.date or view.at_ns <= before.at_ns:
+        return "-/s"
+    if view.messages is None or before.messages is None:
         return "-/s"
     return f"{thousands(round((view.messages - before.messages) / ((view.at_ns - before.at_ns) / _NS_PER_S)))}/s"
 

@@ -130,6 +130,7 @@ class TradingDay(msgspec.Struct, frozen=True, kw_only=True):
         actor: Who opened the current epoch, or asked for the end within it.
         started_ns: When the day first became ACTIVE (a replay: when that replay did).
         ended_ns: When the end that holds was first asked for; None while the day runs.
+        recorded_from_ns: The same of live recording alone, which no replay changes; `recorded_until_ns` likewise.
         open_ns: Start of the window where a verb set it, None where the calendar's holds; `close_ns` likewise.
         ever_active: The day was ACTIVE at least once, in any revision; `recorded`: it was so live.
         recorded_with: The day whose recording went on through all of this one, which nobody started.
@@ -138,7 +139,7 @@ class TradingDay(msgspec.Struct, frozen=True, kw_only=True):
         steps: Steps of the current attempt, in order.
         late: Rows that came after a seal, as far as is known.
         completed: The data of the latest `completed`, kept through a later revision's attempt.
-        sealed_ns: When each of its revisions was sealed.
+        seals: Each of its sealed revisions, and when it was sealed.
         first_seq: Sequence of its first event; `last_seq` that of the last one folded, `updated_ns` the last one's time.
         acted_ns: Time of the last event that is a verb's work; what processes tell of themselves does not count.
     """
@@ -153,6 +154,8 @@ class TradingDay(msgspec.Struct, frozen=True, kw_only=True):
     revision: int = 1
     started_ns: int | None = None
     ended_ns: int | None = None
+    recorded_from_ns: int | None = None
+    recorded_until_ns: int | None = None
     open_ns: int | None = None
     close_ns: int | None = None
     ever_active: bool = False
@@ -170,7 +173,7 @@ class TradingDay(msgspec.Struct, frozen=True, kw_only=True):
     late: payloads.LateRows | None = None
     completed: payloads.Completed | None = None
     sealed: payloads.Sealed | None = None
-    sealed_ns: tuple[int, ...] = ()
+    seals: tuple[tuple[int, int], ...] = ()
     first_seq: int
     last_seq: int
     updated_ns: int
@@ -200,6 +203,11 @@ class TradingDay(msgspec.Struct, frozen=True, kw_only=True):
     def forced_by(self) -> str | None:
         """Return who forced the end of the completed day."""
         return None if self.completed is None else self.completed.forced_by
+
+    @property
+    def sealed_ns(self) -> tuple[int, ...]:
+        """Return when each of its revisions was sealed."""
+        return tuple(at_ns for _, at_ns in self.seals)
 
     @property
     def is_unsealed(self) -> bool:
@@ -233,6 +241,22 @@ class Book(msgspec.Struct, frozen=True, kw_only=True):
     current: str | None = None
     paused: Paused | None = None
     tip_seq: int = 0
+
+    def successor(self, date: str) -> TradingDay | None:
+        """Return the live day that took over from `date`: the first later one that was ever ACTIVE."""
+        later = [day for day in self.days.values() if day.date > date and day.mode == "live" and day.ever_active]
+        return min(later, key=lambda day: day.date, default=None)
+
+    @property
+    def left_behind(self) -> TradingDay | None:
+        """Return the first live day before the current one that is not ended yet; in a roll there is one for a while."""
+        unended = (*_RUNNING, DayState.ENDING)
+        before = [
+            day
+            for day in self.days.values()
+            if day.date < (self.current or "") and day.mode == "live" and day.state in unended
+        ]
+        return min(before, key=lambda day: day.date, default=None)
 
 
 EMPTY_BOOK = Book()
@@ -456,6 +480,7 @@ def _start_requested(day: TradingDay, event: DayEvent, data: payloads.StartReque
     changes: dict[str, Any] = {"mode": data.mode, "revision": data.revision, "ended_ns": None}
     if data.mode == "live":  # a replay opens no window again: where a roll by hand ended the day, the next one begins
         changes["close_ns"] = None
+        changes["recorded_until_ns"] = None
     if not day.ever_active:  # what an attempt that never recorded anything claimed does not hold the window open
         changes["open_ns"] = data.open_ns
     if data.mode == "replay":
@@ -469,6 +494,8 @@ def _started(day: TradingDay, event: DayEvent, data: payloads.Started) -> dict[s
         changes["open_ns"] = data.open_ns
     if day.started_ns is None:
         changes["started_ns"] = event.at_ns
+    if day.recorded_from_ns is None and day.mode == "live":
+        changes["recorded_from_ns"] = event.at_ns
     return changes
 
 
@@ -498,6 +525,9 @@ def _end_requested(day: TradingDay, event: DayEvent, data: payloads.EndRequested
         "failure": None,
         "actor": event.actor,
         "ended_ns": day.ended_ns if day.ended_ns is not None else event.at_ns,
+        "recorded_until_ns": event.at_ns
+        if day.recorded_until_ns is None and day.mode == "live"
+        else day.recorded_until_ns,
         "close_ns": day.close_ns if day.close_ns is not None else data.close_ns,
     }
 
@@ -570,7 +600,7 @@ def _condition_changed(day: TradingDay, event: DayEvent, data: payloads.Conditio
 
 
 def _sealed(day: TradingDay, event: DayEvent, data: payloads.Sealed) -> dict[str, Any]:
-    return {"sealed": data, "revision": data.revision, "sealed_ns": (*day.sealed_ns, event.at_ns)}
+    return {"sealed": data, "revision": data.revision, "seals": (*day.seals, (data.revision, event.at_ns))}
 
 
 _EFFECTS: dict[EventName, Callable[[TradingDay, DayEvent, Any], dict[str, Any]]] = {

@@ -166,6 +166,18 @@ def command_of(verb: Verb, env: str, date: str) -> str:
             return f"ssmd day {verb} {env} --date {date}"
 
 
+def after_failure(env: str, day: TradingDay, *, over: bool) -> str:
+    """Return the command that brings a FAILED day on; `over`: its window has closed."""
+    verb: Verb
+    if day.mode == "replay" or (over and not day.ever_active):  # a start would leave it ACTIVE
+        verb = "replay"
+    elif not day.ever_active:
+        verb = "start"
+    else:  # while it may still record, an end would cut the rest of the day off
+        verb = "end" if over or day.ended_ns is not None else "recover"
+    return command_of(verb, env, day.date)
+
+
 def covered_by(book: Book, calendar: TradingCalendar, date: Date, facts: Facts) -> str | None:
     """Return the day whose recording held this whole date, None where there is none: it recorded on, its roll was late."""
     opens, closes = calendar.open_ns(date), calendar.close_ns(date)
@@ -310,7 +322,8 @@ class _Planning:
                 return  # a start or a roll before its time that failed: the schedule comes first
             # A start waits for the roll that still proves the day before; what has recorded once is brought back at once.
             self._again("recover" if day.ever_active else "start", date, transient, cause)
-            self._late_start(date, cause)
+            if not day.ever_active:
+                self._late_start(date, cause)
         elif not day.ever_active:
             if cause.startswith(RECORDED_WITH):
                 # Its tables are made of that day's archive, which is whole and proved once that day is COMPLETE.

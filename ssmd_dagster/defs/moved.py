@@ -17,6 +17,7 @@ import dagster as dg
 
 from ssmd_dagster.day.calendar import TradingCalendar
 from ssmd_dagster.defs.held import held_back, look
+from ssmd_dagster.defs.partitions import request_run
 from ssmd_dagster.defs.watch import Watch
 from ssmd_dagster.environments.models import Environment
 from ssmd_dagster.workflows.roll import LEAD_S
@@ -82,11 +83,7 @@ def moved_clocks_sensor(
                     said.append(f"the {due.verb} of {due.date} is left to reconcile, after it")
                     continue
                 job = jobs[name][due.verb]
-                requests.append(
-                    dg.RunRequest(
-                        run_key=f"{job.name}:{due.date}", job_name=job.name, partition_key=due.date.isoformat()
-                    )
-                )
+                requests.append(request_run(due.date.isoformat(), f"{job.name}:{due.date}", job.name))
         return dg.SensorResult(
             run_requests=requests,
             skip_reason=None if requests else dg.SkipReason("; ".join(said) or "nothing is due"),

@@ -68,7 +68,7 @@ def _op(name: str, verb: VerbName, work: _Work, description: str) -> dg.OpDefini
         try:
             attempt = work(desk.session, partition, show)
         except SsmdError as error:
-            _log_origin(context, error)
+            _tell_failure(context, error)
             raise _failure(error, verb, desk.environment, partition, seen) from None
         context.add_output_metadata(_metadata(context, attempt, seen))
 
@@ -216,7 +216,7 @@ def _called(
     try:
         return desk.session.call(partition, work, lambda progress: _log_progress(context, progress))
     except SsmdError as error:
-        _log_origin(context, error)
+        _tell_failure(context, error)
         raise _failure(error, verb, desk.environment, partition, []) from None
 
 
@@ -249,8 +249,9 @@ def check_configuration(context: dg.OpExecutionContext) -> None:
     context.log.info("Nothing is wrong any more. Dagster has all environments once its code server is started again.")
 
 
-def _log_origin(context: dg.OpExecutionContext, error: SsmdError) -> None:
-    """Keep where an error came from for those who look for it: its words say what is wrong and what to do."""
+def _tell_failure(context: dg.OpExecutionContext, error: SsmdError) -> None:
+    """Put the cause where the list of runs shows it; where it came from is kept for those who look for it."""
+    context.instance.add_run_tags(context.run_id, {"ssmd/result": f"failed: {error}"[:250]})
     context.log.debug("".join(traceback.format_exception(error)))
 
 

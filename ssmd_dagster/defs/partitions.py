@@ -7,6 +7,7 @@ today). Which instants belong to a day is the calendar's business, not this modu
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import datetime, time
 
 import dagster as dg
@@ -20,4 +21,15 @@ def trading_days(environment: Environment) -> dg.DailyPartitionsDefinition:
         start_date=datetime.combine(environment.first_day, time()),
         timezone=environment.schedule.timezone,
         end_offset=1,
+    )
+
+
+def request_run(date: str, run_key: str, job_name: str | None = None, tags: Mapping[str, str] = {}) -> dg.RunRequest:
+    """Return the request of a run for a day, be it a partition or not.
+
+    A roll starts the next day before its midnight, and a moved clock may be anywhere. Dagster refuses a key that is no partition,
+    and fails the tick of all environments with it; one that stands in the tags it takes as it is.
+    """
+    return dg.RunRequest(
+        run_key=run_key, job_name=job_name, partition_key=date, tags={**tags, "dagster/partition": date}
     )

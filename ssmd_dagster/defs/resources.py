@@ -27,7 +27,7 @@ from ssmd_dagster.workflows.attempt import CLEAN_UP_TIMEOUT_S, Attempt, Verb
 from ssmd_dagster.workflows.desk import Desk, Progress, Report, open_desk
 from ssmd_dagster.workflows.end import END
 from ssmd_dagster.workflows.recover import recovery_of
-from ssmd_dagster.workflows.roll import dates_to_roll, ending_of, starting_of
+from ssmd_dagster.workflows.roll import dates_to_roll, starting_of
 from ssmd_dagster.workflows.start import START
 
 INTERRUPT_TIMEOUT_S = CLEAN_UP_TIMEOUT_S + 15.0
@@ -188,9 +188,8 @@ class DaySession:
         desk = await self._connected(setting)
         if verb == "recover":
             return await recovery_of(desk, partition)
-        if self._rolls:
-            ending, starting = await dates_to_roll(desk, partition)
-            attempt = ending_of(desk, ending, starting) if verb == "end" else starting_of(desk, ending, starting)
+        if self._rolls and verb == "start":
+            attempt = starting_of(desk, *await dates_to_roll(desk, partition))
             attempt.verb = _patient(attempt.verb)
             return attempt
         return Attempt(desk, partition, _patient(END if verb == "end" else START))

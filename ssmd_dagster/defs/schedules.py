@@ -20,6 +20,7 @@ import dagster as dg
 from ssmd_dagster.day.calendar import TradingCalendar, parse_time
 from ssmd_dagster.day.states import DayState
 from ssmd_dagster.defs.held import Seen, held_back, look
+from ssmd_dagster.defs.partitions import request_run
 from ssmd_dagster.defs.watch import Watch
 from ssmd_dagster.environments.models import Environment
 from ssmd_dagster.workflows.roll import LEAD_S
@@ -98,7 +99,7 @@ def _sync(environment: Environment, watch: Watch, job: dg.JobDefinition) -> dg.S
         day = seen.book.days.get(seen.book.current or "")
         if day is None or day.state is not DayState.ACTIVE:
             return dg.SkipReason(f"no day of {environment.name} is ACTIVE")
-        return dg.RunRequest(run_key=f"{context.scheduled_execution_time.timestamp():.0f}", partition_key=day.date)
+        return request_run(day.date, f"{context.scheduled_execution_time.timestamp():.0f}")
 
     return tick
 
@@ -126,6 +127,6 @@ def _daily(
         connects = not job.name.endswith("_end_day")
         if seen is not None and (why := held_back(environment, seen, connects=connects)) is not None:
             return dg.SkipReason(f"{why}; reconcile asks for the run after it")
-        return dg.RunRequest(run_key=f"{job.name}:{day}", partition_key=day.isoformat())
+        return request_run(day.isoformat(), f"{job.name}:{day}")
 
     return tick

@@ -24,6 +24,7 @@ from ssmd_dagster.defs.assets import is_judged, is_made, is_shown, materialisati
 from ssmd_dagster.defs.checks import evaluations
 from ssmd_dagster.defs.lost import fail_lost_runs
 from ssmd_dagster.defs.moved import moved_clocks_sensor
+from ssmd_dagster.defs.partitions import request_run
 from ssmd_dagster.defs.watch import Found, Watch
 from ssmd_dagster.environments.home import ssmd_home
 from ssmd_dagster.environments.models import Environment
@@ -113,7 +114,7 @@ def _journal_sensor(environments: Environments, watch: Watch, targets: Targets) 
                     held = await holdings(desk, entry.event.date)
                     shown[entry.event.date] = held, await draw(desk, entry.day, held)
             # Whatever goes wrong with the events of one environment is found out here, where it stays its own trouble.
-            told = _worth_telling(news, desk.setting.clock())
+            told = _worth_telling(desk, news)
             return _catalog(environments[desk.env], news, shown), told, news[-1].seq if news else None
 
         found = watch.look(environments, look, actor="sensor:journal")
@@ -150,9 +151,12 @@ def _catalog(environment: Environment, news: Iterable[News], held: Mapping[str, 
     return events
 
 
-def _worth_telling(news: Iterable[News], now_ns: int) -> list[Alert]:
+def _worth_telling(desk: Desk, news: Iterable[News]) -> list[Alert]:
+    now_ns = desk.setting.clock()
     fresh = [entry for entry in news if now_ns - entry.event.at_ns < OLD_NEWS_S * 1_000_000_000]
-    return [alert for entry in fresh if (alert := alerts.of_event(entry.event, entry.day)) is not None]
+    over = {entry.day.date: desk.window(entry.day).close_ns <= now_ns for entry in fresh if entry.day is not None}
+    told = [alerts.of_event(entry.event, entry.day, over=over.get(entry.event.date, False)) for entry in fresh]
+    return [alert for alert in told if alert is not None]
 
 
 # health ------------------------------------------------------------------------------------------------------------------
@@ -333,11 +337,11 @@ def _requested(
     # All runs are counted, not those that were looked at: a key that has been used would be passed over for ever.
     attempt = instance.get_runs_count(_runs_filter(job, ask.date)) + 1
     return [
-        dg.RunRequest(
-            run_key=f"{environment.name}:{ask.date}:{ask.verb}:{attempt}",
-            job_name=job,
-            partition_key=ask.date,
-            tags={"ssmd/why": ask.why[:250], "ssmd/attempt": str(attempt)},
+        request_run(
+            ask.date,
+            f"{environment.name}:{ask.date}:{ask.verb}:{attempt}",
+            job,
+            {"ssmd/why": ask.why[:250], "ssmd/attempt": str(attempt)},
         )
     ]
 

@@ -14,7 +14,7 @@ import msgspec
 
 from ssmd_dagster.day.condition import beyond_replay
 from ssmd_dagster.day.events import DayEvent, TradingDay
-from ssmd_dagster.day.reconcile import Flag
+from ssmd_dagster.day.reconcile import Flag, after_failure
 from ssmd_dagster.day.states import DayState, EventName
 
 Kind = Literal["failed", "error", "degraded", "late", "stuck", "blind"]
@@ -60,14 +60,17 @@ def send(alerts: Sequence[Alert], targets: Sequence[Target]) -> None:
             target.send(alert)
 
 
-def of_event(event: DayEvent, day: TradingDay | None) -> Alert | None:
-    """Return the message that an event of the journal is worth, `day` being the day after it; None for most events."""
+def of_event(event: DayEvent, day: TradingDay | None, *, over: bool) -> Alert | None:
+    """Return the message that an event of the journal is worth, `day` being the day after it; None for most events.
+
+    `over`: the day's window has closed.
+    """
     if day is None:
         return None
     env, date = event.env, event.date
     if event.to is DayState.FAILED:
         cause = f"{event.event} at {day.failed_step}: {day.error}" if day.failed_step else f"{event.event}: {day.error}"
-        return Alert(env=env, date=date, kind="failed", cause=cause, command=_next_command(event, day))
+        return Alert(env=env, date=date, kind="failed", cause=cause, command=after_failure(env, day, over=over))
     if event.to is DayState.ERROR:
         command = f"ssmd day recover {env} --date {date}"
         return Alert(env=env, date=date, kind="error", cause=day.error or "ERROR", command=command)
@@ -88,9 +91,3 @@ def of_flag(env: str, flag: Flag) -> Alert:
 def blind(env: str, sensor: str, cause: str, command: str) -> Alert:
     """Return the message that a sensor cannot look at an environment."""
     return Alert(env=env, date=None, kind="blind", cause=f"{sensor}: {cause}", command=command)
-
-
-def _next_command(event: DayEvent, day: TradingDay) -> str:
-    if event.event is EventName.MISSED or day.mode == "replay":  # it is over: a start would leave it ACTIVE
-        return f"ssmd day backfill {event.env} --from {event.date} --to {event.date}"
-    return f"ssmd day {'end' if day.ever_active else 'start'} {event.env} --date {event.date}"

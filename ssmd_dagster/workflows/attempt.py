@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from ssmd_dagster.workflows.verify import Verdict
 
 TRY_AGAIN_AFTER_S = 2.0
+SKIPPED = "skipped"
+"""With this begins the detail of a step that did not do what its title says."""
 CLEAN_UP_TIMEOUT_S = 60.0
 """How long tidying up after a failure may take before the failure itself is what is told."""
 
@@ -67,9 +69,8 @@ class Verb(NamedTuple):
 class Options:
     """What an operator or a roll may ask of a verb.
 
-    A roll starts the new day with `rolled_from`, ACTIVE not before `boundary_ns` (None: as soon as it is ready), and ends the
-    old one with `rolling` (its clients stay connected), its window closed at `close_ns`. Of `share` replays side by side each
-    has its part of the exchange's rate.
+    A roll starts the new day with `rolled_from`, ACTIVE not before `boundary_ns` (None: as soon as it is ready). Of `share`
+    replays side by side each has its part of the exchange's rate.
     """
 
     mode: Literal["live", "replay"] | None = None
@@ -77,8 +78,6 @@ class Options:
     reason: str | None = None
     rolled_from: str | None = None
     boundary_ns: int | None = None
-    rolling: bool = False
-    close_ns: int | None = None
     share: int = 1
 
 
@@ -184,7 +183,7 @@ class Attempt:
         detail = await self._tried(step)
         reached(f"{self.verb.name}.{step.name}.after")
         await self.journal(EventName.STEP_FINISHED, StepData(step=step.name, detail={"text": detail} if detail else {}))
-        self.tell("done", step.name, step.title, detail)
+        self.tell("skipped" if detail.startswith(SKIPPED) else "done", step.name, step.title, detail)
 
     async def _tried(self, step: Step) -> str:
         """Run a step; a transient failure is tried again `verb.tries` times in all."""

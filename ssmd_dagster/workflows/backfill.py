@@ -1,8 +1,8 @@
 """Backfill: replay a range of days, one after the other or several side by side, each started and ended like any day.
 
 It keeps no state: what the journal has COMPLETE is skipped, what was cut off goes on where it was. One day that fails does not
-stop the others; one that failed for a passing cause, such as a server that is restarted, is tried again first. Not here: how one
-day is fetched (`replay`).
+stop the others; one that failed for a passing cause, such as a server that is restarted or the lease of a backfill that was
+killed, is tried again first. Not here: how one day is fetched (`replay`).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ssmd_dagster.workflows.start import START, create_streams
 MAX_PARALLEL = 8
 MAX_DAYS = 4_000
 TRY_AGAIN_S = (5.0, 30.0)
-"""Pauses before a day that failed for a passing cause is tried again."""
+"""Pauses before a day that failed for a passing cause is tried again; together more than a lease lasts."""
 
 Outcome = Literal["replayed", "complete already", "failed"]
 
@@ -133,7 +133,7 @@ async def backfill(
                 failed=sum(one.outcome == "failed" for one in known),
                 trades=sum(one.trades or 0 for one in known if one.outcome == "replayed"),
                 since_s=time.monotonic() - began,
-                replayed=sum(one.outcome != "complete already" for one in known),
+                replayed=sum(one.outcome == "replayed" for one in known),
             ),
         )
 

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from ssmd_dagster.archive.batch import Batch, BatchDamagedError, SegmentFooter, read_last
-from ssmd_dagster.archive.layout import parse_segment_key, segment_key
+from ssmd_dagster.archive.layout import manifest_key, parse_segment_key, segment_key
 from ssmd_dagster.archive.losses import Loss
 from ssmd_dagster.archive.segment import Ranges, SegmentWriter, add_range, covered, in_ranges
-from ssmd_dagster.capture.archiver import read_footer
+from ssmd_dagster.capture.archiver import read_footer, sha256_of
 from ssmd_dagster.capture.spool import read_spool, spool_path, spooled_connections
 from ssmd_dagster.day.causes import GapCause
 from ssmd_dagster.day.events import Gap, TradingDay
@@ -24,7 +24,7 @@ from ssmd_dagster.day.payloads import GapClosed, GapOpened
 from ssmd_dagster.day.seal import Manifest
 from ssmd_dagster.day.states import EventName
 from ssmd_dagster.environments.home import spool_dir
-from ssmd_dagster.errors import SsmdError
+from ssmd_dagster.errors import NotFoundError, SsmdError, UnexplainedDifferenceError
 from ssmd_dagster.stores.cache import rfc3339
 from ssmd_dagster.stores.stream import NO_BATCH
 from ssmd_dagster.workflows.desk import Desk
@@ -89,6 +89,31 @@ def _all_there(loss: Loss, copies: set[tuple[str, str, int]]) -> bool:
         behind = [n for conn, channel, n in copies if (conn, channel) == (loss.conn, loss.channel) and n >= loss.first]
         last = max(behind, default=loss.first)
     return all((loss.conn, loss.channel, number) in copies for number in range(loss.first, last + 1))
+
+
+async def check_sealed(desk: Desk, day: TradingDay) -> None:
+    """See that the raw objects are those of the day's newest sealed revision, if it has one: another is made of no others.
+
+    Raises `UnexplainedDifferenceError`, which names those that are missing or changed.
+    """
+    if day.sealed is None:
+        return
+    env, raw = desk.setting.env, desk.stores.raw
+    manifest = Manifest.decode(await raw.get(manifest_key(env.feed, day.date, day.sealed.revision)))
+    spoilt = []
+    for entry in manifest.segments:
+        try:
+            same = await sha256_of(raw, entry.key) == entry.sha256
+        except NotFoundError:
+            same = False
+        if not same:
+            spoilt.append(entry.key)
+    if spoilt:
+        raise UnexplainedDifferenceError(
+            f"not what was sealed: {', '.join(spoilt)}; tables made of it would lack rows that are in those there",
+            where=desk.where(day.date),
+            do=f"`ssmd day verify {desk.env} {day.date}` names what is spoilt and what mends it.",
+        )
 
 
 async def journal_losses(desk: Desk, day: TradingDay, gone: Iterable[Loss], losses: Iterable[Loss]) -> TradingDay:

@@ -123,7 +123,7 @@ async def _record(setting: Setting, actor: str, date: str, messages: int, tell: 
     async with open_desk(setting, actor) as desk:
         while True:
             view = await show(desk, date)
-            if view.messages >= messages:
+            if (view.messages or 0) >= messages:
                 tell(f"  {view.messages:,} messages recorded")
                 return
             if view.error or time.monotonic() > deadline:

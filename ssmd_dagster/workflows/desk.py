@@ -21,7 +21,7 @@ from ssmd_dagster.stores.daybook import DayBook
 _log = logging.getLogger(__name__)
 
 
-Kind = Literal["started", "done", "failed", "note"]
+Kind = Literal["started", "done", "skipped", "failed", "note"]
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from datetime import date as Date  # noqa: N812 - `date` is the contract's word for the written form
 from typing import TYPE_CHECKING, Any
 
 from ssmd_dagster.archive.drift import briefly
@@ -19,7 +20,7 @@ from ssmd_dagster.day.payloads import Completed, EndRequested
 from ssmd_dagster.day.states import DayState, EventName
 from ssmd_dagster.errors import ExitCode, RefusedError, SsmdError, UnreachableError
 from ssmd_dagster.exchange import SESSION
-from ssmd_dagster.workflows.attempt import Attempt, Step, Verb
+from ssmd_dagster.workflows.attempt import SKIPPED, Attempt, Step, Verb
 from ssmd_dagster.workflows.damage import journal_losses, sort_out
 from ssmd_dagster.workflows.desk import Desk
 from ssmd_dagster.workflows.late import late_of, tell_the_neighbours
@@ -98,12 +99,18 @@ async def may_end(attempt: Attempt) -> bool:
 
 
 async def take(attempt: Attempt) -> TradingDay:
-    """Append ENDING. The first request speaks in the running epoch, so that its archiver goes on; a repeated one opens one."""
+    """Append ENDING. The first request speaks in the running epoch, so that its archiver goes on; a repeated one opens one.
+
+    A day that another one took over from closes where that one opened, or, where days between the two were missed, at its
+    own close.
+    """
     desk, date = attempt.desk, attempt.date
     day = await desk.book.day(date)
     running = day is not None and day.state in (DayState.ACTIVE, DayState.ERROR)
-    closes_ns = attempt.options.close_ns
-    if closes_ns is not None:
+    closes_ns = None
+    successor = desk.book.book.successor(date)
+    if day is not None and day.mode == "live" and successor is not None:
+        closes_ns = min(desk.window(successor).open_ns, desk.calendar.close_ns(Date.fromisoformat(date)))
         # Both days record the seconds around the boundary, so that each has all of its own by the exchange's time.
         await wait_until(desk, closes_ns + OVERLAP_NS)
     elif day is not None and desk.setting.clock() < desk.window(day).close_ns:
@@ -119,7 +126,7 @@ async def take(attempt: Attempt) -> TradingDay:
 
 
 async def drain_gateway(attempt: Attempt) -> str:
-    """Let the gateway's clients have what is queued for them; without a roll their connections are closed."""
+    """Let the gateway's clients have what is queued for them; their connections are closed unless another day took over."""
     desk = attempt.desk
     if attempt.day.mode == "replay":
         return "a replay has no clients"
@@ -133,7 +140,7 @@ async def drain_gateway(attempt: Attempt) -> str:
             control_subject(desk.env, GATEWAY),
             "drain",
             date=attempt.date,
-            close=not attempt.options.rolling,
+            close=desk.book.book.successor(attempt.date) is None,
         ),
     )
     return "" if answer is None else f"{answer['clients']} clients connected"
@@ -164,8 +171,7 @@ async def verify_archive(attempt: Attempt) -> str:
     """Archive what was last published, stop the archiver, and read everything back."""
     desk, date = attempt.desk, attempt.date
     if attempt.options.force:
-        attempt.tell("note", "verify", "Verification is skipped (--force)")
-        return "skipped"
+        return f"{SKIPPED} (--force)"
     verdict = await examine(attempt)
     refuse(desk, date, verdict)
     attempt.readback, attempt.ledger, attempt.verdict = verdict.readback, verdict.ledger, verdict
@@ -320,7 +326,7 @@ async def _flush(attempt: Attempt, deadline: _Deadline) -> str:
     except UnreachableError as error:
         if not attempt.options.force:
             raise
-        return f"skipped: {error.what}"
+        return f"{SKIPPED}: {error.what}"
     return f"{status['messages']:,} messages archived"
 
 

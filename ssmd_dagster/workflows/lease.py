@@ -20,6 +20,12 @@ CANCEL_AGAIN_S = 0.1
 _log = logging.getLogger(__name__)
 
 
+class HeldError(RefusedError):
+    """Another is at work on the day, or was until it was killed: its lease ends by itself."""
+
+    transient = True
+
+
 class Lease:
     """The lease of one day, held by one desk and renewed until it is released."""
 
@@ -29,7 +35,7 @@ class Lease:
         self._renewing: asyncio.Task[None] | None = None
 
     async def acquire(self) -> None:
-        """Take the lease and keep it; raise `RefusedError`, naming the holder, where somebody else has it."""
+        """Take the lease and keep it; raise `HeldError`, naming the holder, where somebody else has it."""
         if not await self._desk.stores.cache.acquire(self._date, self._desk.owner, self._ttl_s):
             raise held_by(self._desk, self._date, await self._desk.stores.cache.holder(self._date))
         self._renewing = asyncio.create_task(self._renew())
@@ -57,7 +63,7 @@ class Lease:
 async def wait_until_gone(desk: Desk, date: str, verb: str) -> None:
     """Return once the day's lease was seen absent for one whole TTL.
 
-    Raises `RefusedError`, naming the holder, as soon as it is seen present.
+    Raises `HeldError`, naming the holder, as soon as it is seen present.
     """
     ttl_s = desk.setting.env.lease_ttl_s
     deadline = time.monotonic() + ttl_s
@@ -76,9 +82,9 @@ async def wait_until_gone(desk: Desk, date: str, verb: str) -> None:
         await asyncio.sleep(min(left_s, ttl_s / LOOKS_PER_TTL))
 
 
-def held_by(desk: Desk, date: str, holder: str | None) -> RefusedError:
+def held_by(desk: Desk, date: str, holder: str | None) -> HeldError:
     """Make the error that names who is at work on a day."""
-    return RefusedError(
+    return HeldError(
         f"trading day {date} is being worked on by {actor_of(holder or 'another actor')}",
         where=desk.env,
         do=f"Wait for it (`ssmd day status {desk.env}`); if it was killed, its lease ends in "

@@ -47,6 +47,7 @@ from ssmd_dagster.environments.home import exchanges_dir, spool_dir
 from ssmd_dagster.environments.loader import load_registry
 from ssmd_dagster.errors import NotFoundError, RefusedError, SsmdError
 from ssmd_dagster.stores.objects import LocalObjectStore, ObjectExistsError, ObjectStore
+from ssmd_dagster.workflows.damage import check_sealed
 from ssmd_dagster.workflows.desk import Desk
 from ssmd_dagster.workflows.late import judge_late_rows, late_of, tell_the_neighbours
 from ssmd_dagster.workflows.recorded_on import recorded_into
@@ -116,8 +117,10 @@ async def normalise(desk: Desk, day: TradingDay, *, told: Tell) -> Normalised:
                 differences[table] = await asyncio.to_thread(compare_tables, table, old, new)
             changed |= {(file.table, file.ticker) for file in different}
             told(f"the tables differ from those that are there: {', '.join(differences) or 'trade'}")
-            if any(there.key_of(file, revision) == _key(desk, day.date, file, revision) for file in different):
-                # This revision has tables of its own already. A day that was started again opens one that has none.
+            sealed = day.sealed is not None and day.sealed.revision >= revision
+            own = any(there.key_of(file, revision) == _key(desk, day.date, file, revision) for file in different)
+            if sealed or own:
+                # This revision has its tables already. A day that was started again opens one that has none.
                 revision += 1
                 job = msgspec.structs.replace(job, revision=revision, output=str(folder / f"r{revision}"))
                 result = await _run(desk, day.date, job, folder, told)
@@ -149,6 +152,7 @@ async def normalise_again(desk: Desk, date: str, *, told: Tell) -> Normalised:
     Raises:
         NotFoundError: There is no such day.
         RefusedError: The day is not COMPLETE: its end makes its tables.
+        UnexplainedDifferenceError: Its raw objects are not those that were sealed.
     """
     day = (await desk.book.refresh()).days.get(date)
     if day is None:
@@ -159,6 +163,7 @@ async def normalise_again(desk: Desk, date: str, *, told: Tell) -> Normalised:
             where=desk.env,
             do=f"End it: `ssmd day end {desk.env} --date {date}`.",
         )
+    await check_sealed(desk, day)
     done = await normalise(desk, day, told=told)
     await tell_the_neighbours(desk, done.late_elsewhere)
     if (late := late_of(day, done.late)) is not None:
@@ -411,12 +416,13 @@ async def _run(desk: Desk, date: str, job: NormalizeJob, folder: Path, told: Tel
             stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, **_ALLOCATORS},
         )  # fmt: skip
         try:
-            deadline_s = time.monotonic() + NORMALIZE_TIMEOUT_S
+            began_s = time.monotonic()
+            deadline_s = began_s + NORMALIZE_TIMEOUT_S
             while process.returncode is None and time.monotonic() < deadline_s:
                 with contextlib.suppress(TimeoutError):  # looks again, and says that it is still at work
                     await asyncio.wait_for(process.wait(), _TELL_EVERY_S)
                 if process.returncode is None:
-                    told("the tables are being made")
+                    told(f"the tables are being made, since {time.monotonic() - began_s:.0f} s")
         finally:
             if process.returncode is None:
                 process.kill()

@@ -19,8 +19,8 @@ FAR_NS = 5_000_000_000
 
 def recorded_into(desk: Desk, earlier: TradingDay, day: TradingDay) -> bool:
     """Tell whether an earlier day was ended so late that its recording may reach far into this one."""
-    ended_ns = earlier.ended_ns
-    return earlier.recorded and ended_ns is not None and ended_ns > desk.window(day).open_ns + FAR_NS
+    until_ns = earlier.recorded_until_ns
+    return earlier.recorded and until_ns is not None and until_ns > desk.window(day).open_ns + FAR_NS
 
 
 async def take_over_gaps(desk: Desk, day: TradingDay) -> TradingDay:
@@ -30,7 +30,7 @@ async def take_over_gaps(desk: Desk, day: TradingDay) -> TradingDay:
     healed where that recording has no gap.
     """
     window = desk.window(day)
-    until_ns = day.started_ns if day.recorded and day.started_ns is not None else window.close_ns
+    until_ns = window.close_ns if day.recorded_from_ns is None else day.recorded_from_ns
     days = desk.book.book.days
     before = max((date for date, one in days.items() if date < day.date and one.recorded), default=None)
     if before is None or not recorded_into(desk, days[before], day):

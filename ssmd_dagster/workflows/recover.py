@@ -26,7 +26,9 @@ TRIES = 3
 
 
 async def recovery_of(desk: Desk, date: str | None = None, reason: str | None = None) -> Attempt:
-    """Return the attempt that brings a day (default: the current one) back to where it should be.
+    """Return the attempt that brings a day back to where it should be.
+
+    Default: the current one, or, where that has no trouble, one that was left behind by a roll that was cut off.
 
     Raises `RefusedError` where there is no such day, or where recovering cannot help it.
     """
@@ -34,6 +36,9 @@ async def recovery_of(desk: Desk, date: str | None = None, reason: str | None = 
     book = await desk.book.refresh()
     wanted = date or book.current
     day = book.days.get(wanted) if wanted is not None else None
+    if date is None and day is not None and book.left_behind is not None and not await _needs_help(desk, day):
+        day = book.left_behind
+        wanted = day.date
     if wanted is None or day is None:
         raise RefusedError(
             "there is no trading day to recover" if wanted is None else f"trading day {wanted} was never started",
@@ -46,8 +51,10 @@ async def recovery_of(desk: Desk, date: str | None = None, reason: str | None = 
 def _verb_for(desk: Desk, day: TradingDay) -> Verb:
     over = desk.setting.clock() >= desk.calendar.close_ns(Date.fromisoformat(day.date))
     match day.state:
-        case DayState.ACTIVE | DayState.ERROR:
+        case DayState.ACTIVE | DayState.ERROR if desk.book.book.successor(day.date) is None:
             return RECOVER
+        case DayState.ACTIVE | DayState.ERROR:
+            return END
         case DayState.ENDING | DayState.COMPLETE:
             return END
         case DayState.FAILED if day.ever_active and over:
@@ -65,7 +72,13 @@ def _verb_for(desk: Desk, day: TradingDay) -> Verb:
 async def may_recover(attempt: Attempt) -> bool:
     """See what a day that ran needs; False where all its processes live and have no trouble."""
     day = await attempt.desk.book.day(attempt.date)
-    return day is not None and (day.state is DayState.ERROR or bool(await _troubles_of(attempt.desk, day)))
+    return day is not None and await _needs_help(attempt.desk, day)
+
+
+async def _needs_help(desk: Desk, day: TradingDay) -> bool:
+    if day.state is DayState.ACTIVE:
+        return bool(await _troubles_of(desk, day))
+    return day.state is not DayState.COMPLETE
 
 
 async def _troubles_of(desk: Desk, day: TradingDay) -> list[str]:

@@ -26,6 +26,10 @@ WAITS_FOR_BOUNDARY_S = 900
 """A roll that is asked for less than this before the boundary waits for it; an earlier one changes over at once."""
 
 
+_UP = (DayState.ACTIVE, DayState.ERROR, DayState.ENDING, DayState.COMPLETE)
+"""A day that a roll has brought up already, whatever became of it."""
+
+
 class Rolled(msgspec.Struct, frozen=True):
     """The day that was ended and the one that was started. `already` says that nothing had to be done."""
 
@@ -35,12 +39,15 @@ class Rolled(msgspec.Struct, frozen=True):
 
 
 async def dates_to_roll(desk: Desk, date: str | None = None) -> tuple[str, str]:
-    """Return the day to end (the current one, or `date`) and the day to start.
+    """Return the day to end and the day to start; a roll that was cut off between the two is gone on with.
+
+    The day to end is `date`, or one that was left behind, or the current one.
 
     Raises `RefusedError` where there is no day to roll from.
     """
     book = await desk.book.refresh()
-    ending = date or book.current
+    left = book.left_behind
+    ending = date or (book.current if left is None else left.date)
     if ending is None or ending not in book.days or not book.days[ending].ever_active:
         raise RefusedError(
             "there is no trading day to roll from" if ending is None else f"trading day {ending} never was ACTIVE",
@@ -63,16 +70,6 @@ def starting_of(desk: Desk, ending: str, starting: str) -> Attempt:
     return Attempt(desk, starting, START, options)
 
 
-def ending_of(desk: Desk, ending: str, starting: str) -> Attempt:
-    """Return the attempt at the roll's second half; the new day is ACTIVE by now and says when it opened.
-
-    The old day closes there, or, where days between the two were missed, at its own close.
-    """
-    opened_ns = desk.window(desk.book.book.days[starting]).open_ns
-    close_ns = min(opened_ns, desk.calendar.close_ns(Date.fromisoformat(ending)))
-    return Attempt(desk, ending, END, Options(rolling=True, close_ns=close_ns))
-
-
 async def roll(desk: Desk, date: str | None = None) -> Rolled:
     """Start the next day, change over, and end the current one; what is so already is left as it is.
 
@@ -86,6 +83,9 @@ async def roll(desk: Desk, date: str | None = None) -> Rolled:
         and desk.book.book.days[ending].state is DayState.COMPLETE
     ):
         return Rolled(desk.book.book.days[ending], following, already=True)
-    started = await starting_of(desk, ending, starting).go()
-    ended = await ending_of(desk, ending, starting).go()
+    if following is not None and following.state in _UP:
+        started = following
+    else:
+        started = await starting_of(desk, ending, starting).go()
+    ended = await Attempt(desk, ending, END).go()
     return Rolled(ended, started)

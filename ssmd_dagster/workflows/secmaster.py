@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ssmd_dagster.day.calendar import Window
 from ssmd_dagster.day.maintenance import remembered
-from ssmd_dagster.errors import ConfigurationError, SsmdError
+from ssmd_dagster.errors import ConfigurationError, NotFoundError, SsmdError
 from ssmd_dagster.exchange import Exchange, Market, unlisted_market
 from ssmd_dagster.stores.secmaster import SyncResult, pack
 from ssmd_dagster.workflows.desk import Desk, Progress
@@ -23,6 +23,12 @@ async def sync(desk: Desk, date: str) -> SyncResult:
     try:
         rows = {market.ticker: pack(market) async for market in exchange.markets(selection)}
         await _note_maintenance(desk, exchange, date)
+    except NotFoundError as error:
+        raise ConfigurationError(
+            f"the exchange does not know all that is selected: {error.what}",
+            where=error.where,
+            do=f"Correct `capture.markets` of {desk.env}: `ssmd env show {desk.env}`",
+        ) from error
     except SsmdError as error:
         if selection.tickers is None or isinstance(error, ConfigurationError):
             raise

@@ -142,9 +142,9 @@ async def finish(attempt: Attempt) -> TradingDay:
     if replay.is_replay(attempt):
         return await replay.finish(attempt)
     desk, date, options = attempt.desk, attempt.date, attempt.options
-    if options.boundary_ns is not None:
-        left_s = (options.boundary_ns - desk.setting.clock()) / 1e9
-        attempt.tell("note", "boundary", f"Ready; the day begins in {max(0.0, left_s):.0f} s")
+    in_time = options.boundary_ns is not None and (left_ns := options.boundary_ns - desk.setting.clock()) > 0
+    if options.boundary_ns is not None and in_time:
+        attempt.tell("note", "boundary", f"Ready; the day begins in {left_ns / 1e9:.0f} s")
         await wait_until(desk, options.boundary_ns)
     beats = await desk.stores.cache.heartbeats(date)
     connectors = connector_names(desk.setting.env)
@@ -161,6 +161,10 @@ async def finish(attempt: Attempt) -> TradingDay:
     started = await attempt.journal(
         EventName.STARTED, Started(open_ns=opened_ns, markets=markets, connections=len(connectors))
     )
+    if not markets:
+        attempt.tell(
+            "note", "markets", f"No market is what {desk.env} selects: nothing is recorded until one is listed"
+        )
     open_ns = desk.window(started).open_ns
     if first_time and open_ns < now_ns and day.open_ns is None:
         until_ns = min(now_ns, await _recorded_since(desk, date) or now_ns)
@@ -172,6 +176,11 @@ async def finish(attempt: Attempt) -> TradingDay:
             started = await attempt.journal(
                 EventName.GAP_CLOSED, GapClosed(gap_id=gap_id, to_ns=to_ns, outcome="stays")
             )
+        if options.rolled_from is not None and not in_time:
+            held = "what nobody recorded since is a gap" if late else f"{options.rolled_from} recorded on for both"
+            late_s = (now_ns - open_ns) / 1e9
+            late_by = f"{late_s:.0f} s" if late_s < 600 else f"{late_s / 60:.0f} min"
+            attempt.tell("note", "boundary", f"The boundary was {late_by} ago, so the days do not overlap: {held}")
     return started
 
 

@@ -67,7 +67,9 @@ async def compare_trades(desk: Desk, day: TradingDay, ids: TradeIds, *, repair: 
     window = desk.window(day)
     if ids.first_up_ns is None and not ids.markets:
         return Compared(None, why_not="no subscription is recorded")
-    asked = Window(open_ns=max(window.open_ns, ids.first_up_ns or window.open_ns), close_ns=window.close_ns)
+    # What was replayed is of the whole day; a day that was only recorded is asked for from its first subscription on.
+    first_ns = window.open_ns if day.mode == "replay" or ids.first_up_ns is None else ids.first_up_ns
+    asked = Window(open_ns=max(window.open_ns, first_ns), close_ns=window.close_ns)
     if asked.open_ns >= asked.close_ns:
         return Compared(ids.matching(), asked)
     await _settle(desk, window.close_ns, tell)

@@ -26,14 +26,15 @@ from ssmd_dagster.workflows.retention import stream_share
 class DayView(msgspec.Struct, frozen=True, kw_only=True):
     """One day as it is shown. `state` is ERROR where its processes are gone, journaled or not; `error` says why.
 
-    `over`: its window has closed. `stream_share`: how full the raw stream is, while the day runs. `maintenance` is what the
-    exchange has announced for the day; of a COMPLETE one its gaps tell.
+    `messages` is None of a running day whose counts nobody gives. `over`: its window has closed. `stream_share`: how full the
+    raw stream is, while the day runs. `maintenance` is what the exchange has announced for the day; of a COMPLETE one its gaps
+    tell. `behind` is, beside the current day, an earlier one that is not ended yet.
     """
 
     day: TradingDay
     state: DayState
     error: str | None
-    messages: int
+    messages: int | None
     gaps: int
     stats: DayStats | None
     components: dict[str, dict[str, Any]]
@@ -41,6 +42,7 @@ class DayView(msgspec.Struct, frozen=True, kw_only=True):
     over: bool = False
     stream_share: float = 0.0
     maintenance: tuple[Window, ...] = ()
+    behind: TradingDay | None = None
 
     @property
     def drift(self) -> DriftFound | None:
@@ -63,6 +65,7 @@ class DayView(msgspec.Struct, frozen=True, kw_only=True):
             "failed_step": day.failed_step,
             "mode": day.mode,
             "revision": day.revision,
+            "sealed": [{"revision": revision, "sealed_ns": at_ns} for revision, at_ns in day.seals],
             "epoch": day.epoch,
             "started_ns": day.started_ns,
             "ended_ns": day.ended_ns,
@@ -80,6 +83,7 @@ class DayView(msgspec.Struct, frozen=True, kw_only=True):
             "components": self.components,
             "stream_share": self.stream_share,
             "maintenance": [{"from_ns": one.open_ns, "to_ns": one.close_ns} for one in self.maintenance],
+            "behind": None if self.behind is None else {"date": self.behind.date, "state": self.behind.state.value},
         }
 
 
@@ -93,7 +97,8 @@ async def status(desk: Desk, date: str | None = None) -> DayView:
         raise NotFoundError(
             "no trading day has been started yet", where=desk.env, do=f"Start today's: `ssmd day start {desk.env}`."
         )
-    return await view(desk, _day_of(desk, book, date or str(book.current)))
+    seen = await view(desk, _day_of(desk, book, date or str(book.current)))
+    return msgspec.structs.replace(seen, behind=book.left_behind) if seen.day.date == book.current else seen
 
 
 async def history(desk: Desk, limit: int) -> list[DayView]:
@@ -127,8 +132,9 @@ async def view(desk: Desk, day: TradingDay) -> DayView:
     try:
         if day.state is not DayState.COMPLETE:
             windows = await desk.stores.cache.maintenance()
-        if running:
+        if running or day.state is DayState.FAILED:  # a failed one may have been counted by nobody else
             stats = await desk.stores.cache.stats(day.date)
+        if running:
             components = await desk.stores.cache.heartbeats(day.date)
     except UnreachableError as unreachable:
         cache_error = str(unreachable)
@@ -147,7 +153,7 @@ async def view(desk: Desk, day: TradingDay) -> DayView:
         day=day,
         state=state,
         error=error,
-        messages=max(counted, day.messages or 0) if running else day.messages or 0,
+        messages=None if running and cache_error is not None else max(counted, day.messages or 0),
         gaps=len(day.gaps),
         stats=stats,
         components=components,

@@ -173,15 +173,18 @@ def test_a_day_that_is_not_recorded_names_the_nearest(shelf: Shelf, date: str, n
     assert near in caught.value.do
 
 
-def test_a_range_takes_the_recorded_days_in_it(shelf: Shelf) -> None:
+def test_a_range_has_all_of_its_days_or_says_which_not(shelf: Shelf) -> None:
     """Both ends are included; a range in which nothing is recorded, one backwards and one of three days are errors."""
-    assert len(load(shelf.folder, ["2025-12-01", "2025-12-31"], "trade")) == 36
+    assert len(load(shelf.folder, [DATE, NEXT], "trade")) == 36
     assert len(load(shelf.folder, (NEXT, NEXT), "trade")) == 6
     shelf.put({"trade": [], "coverage": []}, date="2025-12-18")
-    with pytest.raises(
-        DayNotFoundError, match="not recorded, though days before and after are: 2025-12-16, 2025-12-17"
-    ):
-        load(shelf.folder, (DATE, "2025-12-31"), "trade")
+    asked = "not recorded, though the range asks for them"
+    with pytest.raises(DayNotFoundError, match=f"{asked}: 2025-12-16, 2025-12-17"):
+        load(shelf.folder, (DATE, "2025-12-18"), "trade")
+    with pytest.raises(DayNotFoundError, match=f"{asked}: 2025-12-13 "):
+        load(shelf.folder, ("2025-12-13", DATE), "trade")
+    with pytest.warns(GapWarning, match=f"{asked}: 2025-12-16, .*2025-12-26 and 5 more"):
+        assert len(load(shelf.folder, (DATE, "2025-12-31"), "trade", on_gap="warn")) == 36
     with pytest.raises(DayNotFoundError, match="no day from 2025-11-01 to 2025-11-30"):
         load(shelf.folder, ("2025-11-01", "2025-11-30"), "trade")
     with pytest.raises(UsageError, match="ends before it begins"):
@@ -259,12 +262,23 @@ def test_a_day_whose_coverage_is_gone_has_unknown_holes(shelf: Shelf) -> None:
 
 def test_a_ticker_that_never_traded_is_empty_with_a_note(shelf: Shelf) -> None:
     """The note tells a listed market from one that was not recorded; several days are named as a range."""
-    with pytest.warns(NoRowsWarning, match=f"KX-E has no row in trade of {DATE}: the exchange listed it"):
+    with pytest.warns(NoRowsWarning, match=f"KX-E has no row in trade of {DATE}: listed by the exchange"):
         empty = load(shelf.folder, DATE, "trade", "KX-E")
     assert len(empty) == 0
     assert empty.schema.names == SCHEMAS["trade"].names
-    with pytest.warns(NoRowsWarning, match=f"KX-Z .* of {DATE} to {NEXT}: it was not among the recorded markets"):
+    with pytest.warns(NoRowsWarning, match=f"KX-Z .* of {DATE} to {NEXT}: not among the recorded markets"):
         assert len(load(shelf.folder, (DATE, NEXT), "trade", ["KX-A", "KX-Z"], on_gap="warn")) == 13
+
+
+def test_many_tickers_without_a_row_are_two_notes(shelf: Shelf) -> None:
+    """Somebody who asks for a thousand markets is not told a thousand times."""
+    asked = ["KX-A", "KX-E", *(f"KX-Z{n:02}" for n in range(15))]
+    with pytest.warns(NoRowsWarning) as noted:
+        assert len(load(shelf.folder, DATE, "trade", asked)) == len(load(shelf.folder, DATE, "trade", "KX-A"))
+    first, second = (str(one.message) for one in noted)
+    assert first == f"KX-E has no row in trade of {DATE}: listed by the exchange, and nothing of the kind happened"
+    assert second.startswith("KX-Z00, KX-Z01, ")
+    assert second.endswith(f"KX-Z09 and 5 more have no row in trade of {DATE}: not among the recorded markets")
 
 
 def test_a_table_of_a_future_version_is_refused(shelf: Shelf) -> None:

@@ -301,3 +301,17 @@ async def test_definitions_that_cannot_be_loaded_are_said(home: Path, environmen
     """An import error in the definitions fails the command with its message, not with a timeout."""
     with pytest.raises(ConfigurationError, match="no_such_definitions"):
         await stack.up([servers_only(environment)], home, EXCHANGES, definitions_module="no_such_definitions")
+
+
+async def test_production_settings_are_neither_overwritten_nor_given_a_second_daemon(
+    home: Path, environment: Environment
+) -> None:
+    """Where Dagster has a storage of its own its units run it: `up` is refused before anything is started."""
+    settings = home / "dagster" / "dagster.yaml"
+    settings.parent.mkdir()
+    written = (project_dir() / "deploy" / "dagster.yaml").read_text(encoding="utf-8")
+    settings.write_text(written, encoding="utf-8")
+    with pytest.raises(ConfigurationError, match=r"a storage of its own.*--no-dagster"):
+        await stack.up([environment], home, EXCHANGES)
+    assert settings.read_text(encoding="utf-8") == written
+    assert supervisord.marked_processes(home) == []

@@ -5,11 +5,19 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from ssmd_dagster.cli.day_lines import FAULTS_SHOWN, print_day, print_ledger, print_verification
+from ssmd_dagster.cli.day_lines import (
+    FAULTS_SHOWN,
+    Printer,
+    print_day,
+    print_ledger,
+    print_status,
+    print_verification,
+)
 from ssmd_dagster.day.ledger import BooksLedger, Explanation, Ledger, TradesLedger, WireLedger
 from ssmd_dagster.day.payloads import DriftCount, DriftFound
 from ssmd_dagster.day.states import EventName
 from ssmd_dagster.stores.cache import DayStats
+from ssmd_dagster.workflows.desk import Progress
 from ssmd_dagster.workflows.verify_sealed import Verification
 from ssmd_dagster.workflows.views import DayView
 from ssmd_dagster_tests.day.builders import started
@@ -126,6 +134,19 @@ def test_late_rows_and_drift_are_shown_with_what_to_do(capsys: pytest.CaptureFix
     assert (plain["late"]["rows"], plain["drift"]["fingerprints"], plain["unknown"]) == (3, 12, 0)
 
 
+def test_every_sealed_revision_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    """A reader can ask for each of them (`revision=1`); the first seal is not forgotten over the second."""
+    log = started()
+    log.add(EventName.END_REQUESTED)
+    log.add(EventName.COMPLETED)
+    for revision in (1, 2):
+        log.add(EventName.SEALED, data={"revision": revision}, at_ns=revision * 10**9)
+    seen = msgspec.structs.replace(view(), day=log.day())
+    print_day("kalshi-sim", seen)
+    assert "Sealed: r1 (1970-01-01T00:00:01Z), r2 (1970-01-01T00:00:02Z)" in printed(capsys)
+    assert seen.to_json("kalshi-sim")["sealed"][0] == {"revision": 1, "sealed_ns": 10**9}
+
+
 def test_a_gap_of_a_whole_day_says_where_it_ends_and_of_what(capsys: pytest.CaptureFixture[str]) -> None:
     """Midnight to midnight is not nothing, and three channels that no replay brings back are three, not one thrice."""
     day_ns = 86_400 * 10**9
@@ -167,3 +188,36 @@ def test_gaps_of_several_connectors_say_whose_they_are(capsys: pytest.CaptureFix
         "  - 00:00:00 - 00:00:01 (connection_lost, connector-a, healed)",
         "  - 00:00:00 - 00:00:01 (connection_lost, connector-b, healed)",
     ]
+
+
+def test_a_day_that_records_beyond_its_close_and_one_left_behind_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    """With the command that ends them; nothing is said of a day whose end is under way but that it is."""
+    log = started()
+    running = DayView(
+        day=log.day(), state=log.day().state, error=None, messages=None, gaps=0, stats=None, components={}, at_ns=9
+    )
+
+    def lines(**changes: object) -> list[str]:
+        print_status("kalshi-sim", msgspec.structs.replace(running, **changes), None)
+        return [line for line in printed(capsys) if line.startswith(("Messages", "Over", "Behind"))]
+
+    assert lines() == ["Messages: not known"]
+    over = "Over: its window has closed, and it records on; ssmd day roll kalshi-sim"
+    assert lines(messages=7, over=True) == ["Messages: 7", over]
+    behind = "Behind: 2025-12-14 is ACTIVE still; ssmd day roll kalshi-sim ends it"
+    assert lines(behind=log.day())[1:] == [behind]
+    log.add(EventName.END_REQUESTED)
+    assert lines(behind=log.day())[1:] == ["Behind: 2025-12-14 is ENDING"]
+
+
+def test_what_a_forced_end_skipped_is_not_ticked(capsys: pytest.CaptureFixture[str]) -> None:
+    """A tick says that it was done; what proves the day later is named."""
+    for kind, detail in (("done", ""), ("skipped", "skipped (--force)")):
+        Printer(as_json=False).progress(Progress(kind, "end", "2025-12-14", "verify", "Verifying", detail), "  ")  # type: ignore[arg-type]
+    assert printed(capsys) == ["  ✓ Verifying", "  - Verifying: skipped (--force)"]
+    log = started()
+    log.add(EventName.END_REQUESTED)
+    log.add(EventName.COMPLETED, data={"forced_by": "cli:a@b"})
+    day = log.day()
+    print_day("kalshi-sim", msgspec.structs.replace(view(), day=day))
+    assert printed(capsys)[-1] == "Next: ssmd day verify kalshi-sim 2025-12-14"

@@ -432,3 +432,24 @@ def test_an_empty_journal_is_an_empty_book() -> None:
     """Nothing folded is nothing known."""
     assert fold([]) == EMPTY_BOOK
     assert EMPTY_BOOK.tip_seq == 0
+
+
+def test_a_roll_that_was_cut_off_leaves_a_day_behind() -> None:
+    """The new day took over and is the current one; until the old one is COMPLETE, it is the one that is left."""
+    before, after = DATES
+    log = Log()
+    for date in (before, after):
+        assert log.book.successor(before) is None
+        for event in (EventName.DEFINED, EventName.START_REQUESTED):
+            log.add(event, date=date)
+        assert (log.book.current, log.book.left_behind) == (before, None), "nobody has taken over yet"
+        log.add(EventName.STARTED, date=date)
+    assert log.book.current == after
+    assert log.book.successor(before) == log.day(after)
+    assert log.book.successor(after) is None
+    assert log.book.left_behind == log.day(before)
+    log.add(EventName.END_REQUESTED, date=before, epoch=log.day(before).epoch)
+    assert log.book.left_behind == log.day(before)
+    log.add(EventName.COMPLETED, date=before)
+    assert log.book.left_behind is None
+    assert log.book.successor(before) == log.day(after)

@@ -129,7 +129,9 @@ def test_a_day_that_recorded_and_failed_is_recovered_and_not_started() -> None:
     log = Log()
     put(log, DAY, DayState.ERROR)
     log.add(_E.GAVE_UP, date=DAY.isoformat(), at_ns=ns(DAY), data={"transient": True})
-    assert asked(decided(log, ns(DAY))) == [("recover", DAY.isoformat())]
+    made = decided(log, ns(DAY))
+    assert asked(made) == [("recover", DAY.isoformat())]
+    assert made.flags == (), "it was ACTIVE in time"
 
 
 @pytest.mark.parametrize("state", [DayState.STARTING, DayState.ACTIVE, DayState.ENDING])

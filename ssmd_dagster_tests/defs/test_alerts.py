@@ -62,9 +62,9 @@ def slack(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     thread.join()
 
 
-def told(log: Log) -> Alert | None:
-    """Return the message of a log's last event."""
-    return of_event(log.events[-1][1], log.book.days.get(DATE))
+def told(log: Log, *, over: bool = False) -> Alert | None:
+    """Return the message of a log's last event; `over`: the day's window has closed."""
+    return of_event(log.events[-1][1], log.book.days.get(DATE), over=over)
 
 
 def test_every_failure_is_told_with_the_command_to_run() -> None:
@@ -79,12 +79,15 @@ def test_every_failure_is_told_with_the_command_to_run() -> None:
     alert = told(log)
     assert alert is not None
     assert alert.text.startswith(
-        f"[FAILED] {ENV} {DATE}: gave_up at recover: connector dies at once | run: ssmd day end "
+        f"[FAILED] {ENV} {DATE}: gave_up at recover: connector dies at once | run: ssmd day recover "
     )
+    alert = told(log, over=True)
+    assert alert is not None
+    assert alert.command == f"ssmd day end {ENV} --date {DATE}"
     log = Log()
     log.add(EventName.DEFINED)
     log.add(EventName.MISSED, reason="nobody started it, and it is over")
-    alert = told(log)
+    alert = told(log, over=True)
     assert alert is not None
     assert alert.text.endswith(
         f"nobody started it, and it is over | run: ssmd day backfill {ENV} --from {DATE} --to {DATE}"
@@ -97,6 +100,19 @@ def test_every_failure_is_told_with_the_command_to_run() -> None:
     alert = told(log)
     assert alert is not None
     assert alert.text == f"[DEGRADED] {ENV} {DATE}: degraded: late rows | run: ssmd day show {ENV} {DATE}"
+
+
+@pytest.mark.parametrize("over", [False, True])
+def test_a_start_that_failed_is_named_again_only_while_the_day_is_open(over: bool) -> None:
+    """A start of a day that is over would replay it and leave it ACTIVE."""
+    log = Log()
+    log.add(EventName.DEFINED)
+    log.add(EventName.START_REQUESTED)
+    log.add(EventName.START_FAILED)
+    alert = told(log, over=over)
+    assert alert is not None
+    backfill = f"ssmd day backfill {ENV} --from {DATE} --to {DATE}"
+    assert alert.command == (backfill if over else f"ssmd day start {ENV} --date {DATE}")
 
 
 def test_a_replay_that_failed_is_done_again_by_a_replay() -> None:

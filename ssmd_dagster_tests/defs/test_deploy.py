@@ -44,7 +44,7 @@ def test_units_and_containers_start_the_same_programs() -> None:
     assert services.keys() == {"base", "capture", "code", "daemon", "webserver", "postgres"}
     for name, words in (
         ("capture", ["ssmd", "up", "--no-dagster"]),
-        ("code", ["code-server", "start", "127.0.0.1", "4000", "ssmd_dagster.definitions"]),
+        ("code", ["ssmd_dagster.defs.code_server", "start", "127.0.0.1", "4000", "ssmd_dagster.definitions"]),
         ("daemon", ["dagster._daemon", "run"]),
         ("webserver", ["dagster_webserver"]),
     ):

@@ -93,9 +93,9 @@ def test_a_run_that_is_killed_in_its_start_is_done_again_by_the_sensors(dagster_
     assert {run["jobName"] for run in asked} == {f"{ENV}_start_day"}
 
 
-@pytest.mark.parametrize("word", ["dagster._daemon", "dagster_webserver", "code-server start"])
+@pytest.mark.parametrize("word", ["dagster._daemon", "dagster_webserver", "code_server start", "api grpc"])
 def test_dagsters_processes_come_back_and_the_capture_does_not_notice(dagster_instance: Instance, word: str) -> None:
-    """Daemon, webserver and code server are killed: the supervisor brings each back, the day stays ACTIVE in its epoch."""
+    """Daemon, webserver, code server, its child: each is killed and comes back, the day stays ACTIVE in its epoch."""
     house, day = dagster_instance.house, dagster_instance.house.today()
     before = house.day(ENV, day)
     kill(house, word)

@@ -286,7 +286,11 @@ def test_a_configuration_that_broke_since_loading_is_a_failure_of_the_first_op(
     monkeypatch.setenv("SSMD_EXCHANGES", str(house.exchanges))
     job = job_of("quiet", "start")
     house.add("quiet", simulator={"seed": -1})
-    result = job.execute_in_process(partition_key=house.today(), raise_on_error=False)
+    with dg.instance_for_test() as instance:
+        result = job.execute_in_process(partition_key=house.today(), raise_on_error=False, instance=instance)
+        record = instance.get_run_by_id(result.run_id)
     text, metadata = failures(result)["take_day"]
     assert "simulator.seed: got -1" in text
+    assert record is not None
+    assert record.tags["ssmd/result"].startswith("failed: 1 fault in the configuration")
     assert (metadata["exit_code"], metadata["command"]) == (8, "ssmd env validate quiet")

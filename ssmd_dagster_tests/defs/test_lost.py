@@ -12,10 +12,12 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
+from ssmd_dagster.defs.code_server import wait_until_gone
 from ssmd_dagster.defs.lost import GRACE_S, fail_lost_runs
 from ssmd_dagster.environments.home import runs_dir
 
 HOLDER = """import sys, pathlib
+from ssmd_dagster.defs.code_server import wait_until_gone
 from ssmd_dagster.defs.lost import hold
 hold(pathlib.Path(sys.argv[1]), sys.argv[2])
 print("held", flush=True)
@@ -81,3 +83,18 @@ def test_new_runs_and_those_of_no_environment_are_left_alone(instance: dg.Dagste
     runs = [begun(instance, ago_s=1), begun(instance, ago_s=GRACE_S + 1, environment=None)]
     assert fail_lost_runs(instance, tmp_path) == []
     assert {status(instance, run) for run in runs} == {dg.DagsterRunStatus.STARTED}
+
+
+@pytest.mark.parametrize(
+    ("looks", "taken"),
+    [
+        ([False, False, True, True, False, False, True], 6),  # killed
+        ([False, False, False, False], 4),  # not yet started
+        ([True, False, True, False], 4),  # seen badly
+    ],
+)
+def test_a_code_server_ends_once_its_child_is_gone(looks: list[bool], taken: int) -> None:
+    """One that has not been there yet is waited for, and one look in vain is none."""
+    left = iter(looks)
+    wait_until_gone(left)
+    assert len(list(left)) == len(looks) - taken

@@ -18,7 +18,7 @@ from ssmd_dagster.capture.programs import day_group
 from ssmd_dagster.capture.setting import load_setting
 from ssmd_dagster.capture.supervisord import connect_supervisor
 from ssmd_dagster.day import health
-from ssmd_dagster.day.payloads import Failed, StartRequested
+from ssmd_dagster.day.payloads import ErrorRaised, Failed, StartRequested
 from ssmd_dagster.day.reconcile import MOST_TRIES, Ask, Flag, Run
 from ssmd_dagster.day.states import EventName
 from ssmd_dagster.defs import sensors
@@ -368,6 +368,20 @@ def test_a_fault_of_ours_in_one_environment_does_not_silence_the_others(looking_
 
     slept = looking_idly.watch.look([idle], slow, actor="sensor:test", timeout_s=0.2)[idle]
     assert "no answer within 0.2 s" in str(slept.error)
+
+
+def test_a_day_that_is_no_partition_yet_is_looked_after(looking_idly: Dagster, in_house: House, idle: str) -> None:
+    """Rolled by hand before midnight, tomorrow is under way: its recovery is asked for, and fails nobody's tick."""
+    day = (date.fromisoformat(in_house.today()) + timedelta(days=1)).isoformat()
+    write(
+        idle,
+        (day, EventName.DEFINED, None),
+        (day, EventName.START_REQUESTED, StartRequested(mode="live")),
+        (day, EventName.STARTED, None),
+        (day, EventName.ERROR_RAISED, ErrorRaised(error="no heartbeat")),
+    )
+    (asked,) = looking_idly.tick("health").run_requests
+    assert (asked.job_name, asked.tags["dagster/partition"]) == (f"{idle.replace('-', '_')}_recover_day", day)
 
 
 def test_a_stack_that_is_down_fails_a_tick(looking_idly: Dagster, idle: str, instance: dg.DagsterInstance) -> None:

@@ -9,11 +9,13 @@ from typing import Any, cast
 
 import pytest
 
+from ssmd_dagster.capture.setting import load_setting
 from ssmd_dagster.day.states import DayState
 from ssmd_dagster.errors import ConfigurationError, SsmdError, UnreachableError
 from ssmd_dagster.workflows import backfill as module
-from ssmd_dagster.workflows.backfill import DayResult, Tally, backfill
+from ssmd_dagster.workflows.backfill import TRY_AGAIN_S, DayResult, Tally, backfill
 from ssmd_dagster.workflows.desk import Progress
+from ssmd_dagster.workflows.lease import held_by
 
 DATES = ("2026-02-01", "2026-02-02", "2026-02-03")
 
@@ -67,12 +69,24 @@ async def test_a_day_whose_server_was_away_is_tried_again(monkeypatch: pytest.Mo
     assert told[1:3] == ["no answer; trying again in 0 s"] * 2
 
 
+async def test_a_day_that_a_killed_backfill_was_at_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its lease outlives it by some seconds: the same command, given at once, goes on with all days."""
+    held = held_by(
+        cast("Any", SimpleNamespace(env="sim", setting=load_setting("kalshi-sim"))), DATES[0], "cli:killed#1"
+    )
+    found, told = await run(monkeypatch, {DATES[0]: [held]})
+    assert [one.outcome for one in found] == ["replayed"] * 3
+    assert f"trading day {DATES[0]} is being worked on by cli:killed" in told[0]
+    assert sum(TRY_AGAIN_S) > load_setting("kalshi-sim").env.lease_ttl_s
+
+
 async def test_what_does_not_pass_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """A refused key fails its day at once, a server that stays away in the end; the others are replayed."""
     away: list[SsmdError] = [UnreachableError("no answer") for _ in range(3)]
     found, told = await run(monkeypatch, {DATES[0]: [ConfigurationError("refused")], DATES[2]: away})
     assert [(one.outcome, one.exit_code) for one in found] == [("failed", 8), ("replayed", 0), ("failed", 7)]
     assert len([line for line in told if "trying again" in line]) == 2
+    assert "as long to go" not in told[0]  # a failure says nothing of how long a day takes
 
 
 async def test_complete_days_are_told_first_and_do_not_count_for_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,13 +9,16 @@ from typing import Any
 
 import msgspec
 import pyarrow.parquet as pq
+import pytest
 
-from ssmd_dagster.archive.layout import segment_key, table_key
+from ssmd_dagster.archive.layout import manifest_key, segment_key, table_key
 from ssmd_dagster.archive.normalize_job import LateElsewhere
 from ssmd_dagster.day.calendar import Window
 from ssmd_dagster.day.events import Book, TradingDay
 from ssmd_dagster.day.payloads import LateRows, Payload
+from ssmd_dagster.day.seal import Manifest, SegmentEntry, root_hash, sha256_hex
 from ssmd_dagster.day.states import EventName
+from ssmd_dagster.errors import UnexplainedDifferenceError
 from ssmd_dagster.workflows.late import late_of, tell_the_neighbours
 from ssmd_dagster.workflows.normalize import normalise, normalise_again
 from ssmd_dagster_tests.archive.rawdays import CLOSE_NS, DATE, OPEN_NS, Frame, S, record, trade
@@ -74,9 +77,35 @@ class TwoDays(Bench):
         return [SimpleNamespace(seq=seq, event=event) for seq, event in self.log.events if event.date == day.date]
 
     async def put(self, date: str, connections: Mapping[str, list[Frame]]) -> None:
-        """Put a day's segments of trades into the raw store."""
+        """Put a day's segments of trades into the raw store, and the manifest that names them."""
+        segments = []
         for segment in record(self.folder / f"made-{date}", dict(connections), date=date):
-            await self.raw.create(segment_key("kalshi", date, segment.channel, 0), Path(segment.path))
+            key, path = segment_key("kalshi", date, segment.channel, 0), Path(segment.path)
+            await self.raw.create(key, path)
+            sha256 = sha256_hex(path.read_bytes())
+            segments.append(SegmentEntry(key=key, size=path.stat().st_size, sha256=sha256, batches=1, records=1))
+        manifest = Manifest(
+            env=self.desk.env,
+            feed="kalshi",
+            date=date,
+            open_ns=self.windows[date].open_ns,
+            close_ns=self.windows[date].close_ns,
+            revision=1,
+            epochs=(1,),
+            segments=tuple(segments),
+            root_hash=root_hash(segments),
+            connections=(),
+            gaps=(),
+            ledger=None,
+            condition="available",
+            condition_reasons=(),
+            rules_version=1,
+            journal_seq=1,
+            events=(),
+            versions={},
+            created_at="",
+        )
+        await self.raw.create(manifest_key("kalshi", date, 1), manifest.encode())
 
 
 async def test_late_rows_change_the_condition_and_the_next_revision_has_them(tmp_path: Path) -> None:
@@ -114,6 +143,24 @@ async def test_late_rows_change_the_condition_and_the_next_revision_has_them(tmp
 
     await tell_the_neighbours(desk, second.late_elsewhere)  # the next day's tables are made again
     assert days.log.day(DATE) == day
+
+
+@pytest.mark.parametrize("what", ["flipped", "cut", "gone"])
+async def test_no_tables_are_made_of_raw_files_that_are_not_those_that_were_sealed(tmp_path: Path, what: str) -> None:
+    """A revision without the rows of a spoilt object would be the newest, and its manifest never verified again."""
+    days = TwoDays(tmp_path)
+    await days.put(DATE, {"1-a-0": [(CLOSE_NS - n * S, trade("T", n, CLOSE_NS - n * S)) for n in (9, 8, 7)]})
+    await normalise(days.desk, days.log.day(DATE), told=days.told.append)
+    there = sorted(tmp_path.glob("tables/**/*"))
+    path = Path(days.raw.url(segment_key("kalshi", DATE, "trade", 0)))
+    data = bytearray(path.read_bytes())
+    data[len(data) // 3] ^= 0xFF
+    path.unlink()
+    if what != "gone":
+        path.write_bytes(data if what == "flipped" else data[: len(data) // 2])
+    with pytest.raises(UnexplainedDifferenceError, match=r"not what was sealed: .*trades-00.*day verify"):
+        await normalise_again(days.desk, DATE, told=days.told.append)
+    assert sorted(tmp_path.glob("tables/**/*")) == there
 
 
 async def test_a_day_that_is_not_sealed_is_told_nothing(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
+import msgspec
 import pyarrow.parquet as pq
 import pytest
 
@@ -16,6 +17,7 @@ from ssmd_dagster.archive.figures import Figures
 from ssmd_dagster.archive.layout import drift_key, segment_key, table_key
 from ssmd_dagster.day.calendar import Window
 from ssmd_dagster.day.events import Book, TradingDay
+from ssmd_dagster.day.payloads import Sealed
 from ssmd_dagster.day.states import DayState
 from ssmd_dagster.environments.loader import load_registry
 from ssmd_dagster.errors import SsmdError
@@ -170,3 +172,16 @@ async def test_a_normaliser_that_fails_is_an_error_with_its_last_words(
     with pytest.raises(SsmdError, match=r"exit code 1.*FileNotFoundError"):
         await bench.normalise()
     assert await bench.normalized.list() == []
+
+
+async def test_a_sealed_revision_gets_no_other_table_than_it_was_sealed_with(tmp_path: Path) -> None:
+    """It may have taken a table from the revision before: a new one of that is the next revision's, not its own."""
+    bench = Bench(tmp_path)
+    await bench.store(0, trades(0, 10))
+    assert (await bench.normalise()).revision == 1
+    sealed = Sealed(manifest_sha256="00", root_hash="11", revision=2)
+    bench.day = msgspec.structs.replace(bench.day, revision=2, sealed=sealed)
+    await bench.store(1, trades(10, 5))
+    assert (await bench.normalise()).revision == 3
+    assert not bench.table("trade", 2).exists()
+    assert pq.read_table(bench.table("trade", 3)).num_rows == 15

@@ -93,6 +93,19 @@ async def test_a_roll_of_some_seconds_late_takes_over_what_lies_before_it() -> N
     assert await taken(desk, log) == [(f"theirs-of-{BEFORE}", MIDNIGHT + 2 * S, MIDNIGHT + 3 * S, "stays")]
 
 
+async def test_a_day_before_that_was_replayed_later_recorded_nothing_more() -> None:
+    """Both days are repaired by a replay hours after: that says nothing of how long either was recorded."""
+    desk, log = two_days(started_ns=MIDNIGHT, ended_ns=MIDNIGHT + S)
+    log.add(_E.END_REQUESTED, date=DAY, at_ns=NEXT_MIDNIGHT)
+    for date in (BEFORE, DAY):
+        log.add(_E.COMPLETED, date=date)
+        log.add(_E.START_REQUESTED, date=date, data={"mode": "replay", "revision": 2})
+        log.add(_E.STARTED, date=date, at_ns=NEXT_MIDNIGHT + HOUR)
+        log.add(_E.END_REQUESTED, date=date, at_ns=NEXT_MIDNIGHT + HOUR)
+    add_gap(log, DAY, "stop", MIDNIGHT + HOUR, MIDNIGHT + 2 * HOUR, "operator_stop")
+    assert await taken(desk, log) == [("stop", MIDNIGHT + HOUR, MIDNIGHT + 2 * HOUR, "stays")]
+
+
 @pytest.mark.parametrize("late_start", [True, False])
 async def test_a_day_before_that_was_dead_or_ended_in_time_heals_nothing(late_start: bool) -> None:
     """A late start says that nobody recorded; an old day that ended seconds after midnight recorded nothing of it."""

@@ -73,6 +73,38 @@ def test_an_end_killed_at_any_point_is_finished_by_recover(house: House, simulat
     assert (verdict.phantom, verdict.duplicated) == (0, 0)
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("verb", ["roll", "recover"])
+@pytest.mark.parametrize("point", ["start.finish.after", *END_POINTS[1:-1]])
+def test_a_roll_killed_after_the_new_day_took_over_is_gone_on_with(
+    house: House, simulated: str, point: str, verb: str
+) -> None:
+    """The old day is ended where the new one opened, which records on: no third day is begun."""
+    house.ssmd("day", "start", simulated)
+    first = house.json("day", "status", simulated)["date"]
+    until(lambda: house.day(simulated, first)["messages"] > 300)
+    _killed(house, "day", "roll", simulated, at=point)
+    seen = house.json("day", "status", simulated)
+    second = seen["date"]
+    assert second > first
+    if seen["behind"] is not None:  # from its completion on only the seal is missing
+        assert seen["behind"]["date"] == first
+        until(lambda: house.ssmd("day", verb, simulated, check=None).returncode == 0)
+    else:
+        until(lambda: house.ssmd("day", "end", simulated, "--date", first, check=None).returncode == 0)
+    states = {date: house.day(simulated, date)["state"] for date in (first, second)}
+    assert states == {first: "COMPLETE", second: "ACTIVE"}
+    assert [row.split()[0] for row in house.ssmd("day", "history", simulated).stdout.splitlines()[1:]] == [
+        second,
+        first,
+    ]
+    until(lambda: house.day(simulated, second)["messages"] > 300)
+    house.ssmd("day", "end", simulated)
+    folders = [Path(house.day(simulated, date)["archive"]) for date in (first, second)]
+    windows = [json.loads((folder / "manifest.json").read_text()) for folder in folders]
+    assert windows[0]["close_ns"] == windows[1]["open_ns"]
+
+
 @pytest.mark.parametrize(
     "point", _choose(RECOVER_POINTS)[:1] + [pytest.param(p, marks=pytest.mark.long) for p in RECOVER_POINTS[1:]]
 )

@@ -22,3 +22,13 @@ def test_markets_are_synced_listed_and_shown_without_a_day(house: House, simulat
     assert header.split() == ["TICKER", "SERIES", "CATEGORY", "STATUS", "CLOSES"]
     assert rows
     assert f"Ticker: {market['ticker']}" in house.ssmd("secmaster", "show", simulated, market["ticker"]).stdout
+
+
+def test_a_series_that_the_exchange_does_not_know_is_a_fault_of_the_configuration(house: House, env_name: str) -> None:
+    """Nobody has to guess from an HTTP 404 which file to mend."""
+    capture = {"channels": ["trade"], "markets": {"series": ["KXNOSUCH"]}}
+    house.add(env_name, simulator={"markets": 20, "rate_per_second": 50}, capture=capture)
+    house.up(env_name)
+    told = house.ssmd("secmaster", "sync", env_name, check=8).stderr
+    assert "KXNOSUCH" in told
+    assert f"Correct `capture.markets` of {env_name}" in told

@@ -199,6 +199,16 @@ async def test_a_day_that_records_no_trades_has_none_to_compare(ids: TradeIds) -
     assert line_of(done, ids) == ledger(0, 0)
 
 
+async def test_a_recorded_day_that_was_replayed_is_held_against_the_whole_list(ids: TradeIds) -> None:
+    """Its pages have what was traded before the first subscription: that is listed too, and nothing of it is extra."""
+    ids.first_up_ns = START_NS + 30_000_000_000
+    exchange = ListedTrades([row(number) for number in range(1, 21)])
+    day = msgspec.structs.replace(day_with(), mode="replay")
+    done = await compare_trades(desk_of(exchange), day, ids, repair=False, tell=lambda _text: None)
+    assert done.asked == WINDOW
+    assert line_of(done, ids) == ledger(20, 20)
+
+
 @pytest.mark.parametrize(("tape_pages", "per_ticker"), [(1, False), (2, True), (10_000, True)])
 async def test_whatever_needs_fewer_requests_is_asked(ids: TradeIds, tape_pages: int, per_ticker: bool) -> None:
     """One market: its own list, unless the whole tape is one page."""

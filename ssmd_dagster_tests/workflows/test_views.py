@@ -73,6 +73,7 @@ async def test_a_day_whose_cache_is_away_is_what_the_journal_says() -> None:
     assert seen.state is DayState.ACTIVE
     assert seen.error is not None
     assert seen.error.startswith("how it fares is not known: no answer")
+    assert seen.messages is None, "nobody knows how many: not 0"
 
 
 async def test_a_process_that_has_ended_for_good_makes_the_day_an_error() -> None:
