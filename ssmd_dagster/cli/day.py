@@ -290,21 +290,25 @@ async def _verify_store(env: str, date: str, tell: Callable[[str], None]) -> Ver
 
 
 @day_group.command("normalize")
-@env_argument
-@click.option("--date", required=True, metavar="YYYY-MM-DD", help="Trading day, in the environment's timezone.")
+@day_argument
+@click.pass_context
+@day_option
+@click.option("--despite-damage", is_flag=True, help="Of spoilt raw objects take what can be read; name the rest.")
 @json_option
-def normalize_command(env: str, date: str, as_json: bool) -> int:
+def normalize_command(
+    ctx: click.Context, words: tuple[str, ...], date: str | None, despite_damage: bool, as_json: bool
+) -> int:
     """Make a COMPLETE day's tables again; what differs from those there are becomes the next revision."""
-    return _normalize(env, str(_checked_date(date)), as_json)
+    return _normalize(*env_and_date(ctx, words, date), as_json, despite_damage=despite_damage)
 
 
-def _normalize(env: str, wanted: str, as_json: bool) -> int:
+def _normalize(env: str, wanted: str, as_json: bool, *, despite_damage: bool = False) -> int:
     from ssmd_dagster.workflows.normalize import normalise_again  # loads pyarrow, which other commands have no use for
 
     def tell(text: str) -> None:
         message(f"    {text}")
 
-    found = with_desk(env, lambda desk: normalise_again(desk, wanted, told=tell))
+    found = with_desk(env, lambda desk: normalise_again(desk, wanted, told=tell, despite_damage=despite_damage))
     if as_json:
         print_json({"environment": env, "date": wanted, **msgspec.to_builtins(found), "rows": found.rows()})
     else:

@@ -112,7 +112,8 @@ async def check_sealed(desk: Desk, day: TradingDay) -> None:
         raise UnexplainedDifferenceError(
             f"not what was sealed: {', '.join(spoilt)}; tables made of it would lack rows that are in those there",
             where=desk.where(day.date),
-            do=f"`ssmd day verify {desk.env} {day.date}` names what is spoilt and what mends it.",
+            do=f"`ssmd day verify {desk.env} {day.date}` names what is spoilt and what mends it; of what is gone for good "
+            f"`ssmd day normalize {desk.env} {day.date} --despite-damage` makes a revision without it.",
         )
 
 

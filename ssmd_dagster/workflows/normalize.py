@@ -146,13 +146,15 @@ async def normalise(desk: Desk, day: TradingDay, *, told: Tell) -> Normalised:
     )
 
 
-async def normalise_again(desk: Desk, date: str, *, told: Tell) -> Normalised:
+async def normalise_again(desk: Desk, date: str, *, told: Tell, despite_damage: bool = False) -> Normalised:
     """Normalise a COMPLETE day; tables that are not sealed yet are sealed as the next revision.
+
+    `despite_damage`: of raw objects that are spoilt or gone for good take what can still be read.
 
     Raises:
         NotFoundError: There is no such day.
         RefusedError: The day is not COMPLETE: its end makes its tables.
-        UnexplainedDifferenceError: Its raw objects are not those that were sealed.
+        UnexplainedDifferenceError: Its raw objects are not those that were sealed, and `despite_damage` is not given.
     """
     day = (await desk.book.refresh()).days.get(date)
     if day is None:
@@ -163,7 +165,8 @@ async def normalise_again(desk: Desk, date: str, *, told: Tell) -> Normalised:
             where=desk.env,
             do=f"End it: `ssmd day end {desk.env} --date {date}`.",
         )
-    await check_sealed(desk, day)
+    if not despite_damage:
+        await check_sealed(desk, day)
     done = await normalise(desk, day, told=told)
     await tell_the_neighbours(desk, done.late_elsewhere)
     if (late := late_of(day, done.late)) is not None:

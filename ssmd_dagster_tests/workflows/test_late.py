@@ -161,6 +161,8 @@ async def test_no_tables_are_made_of_raw_files_that_are_not_those_that_were_seal
     with pytest.raises(UnexplainedDifferenceError, match=r"not what was sealed: .*trades-00.*day verify"):
         await normalise_again(days.desk, DATE, told=days.told.append)
     assert sorted(tmp_path.glob("tables/**/*")) == there
+    without = await normalise_again(days.desk, DATE, told=days.told.append, despite_damage=True)
+    assert (without.revision, without.differences["trade"].removed > 0) == (2, True)
 
 
 async def test_a_day_that_is_not_sealed_is_told_nothing(tmp_path: Path) -> None:
