@@ -86,8 +86,7 @@ def print_history(views: list[DayView]) -> None:
         cells = [
             day.date,
             view.state.value,
-            to_the_minute(day.started_ns) if day.started_ns is not None else "-",
-            to_the_minute(day.ended_ns) if day.ended_ns is not None else "-",
+            *("-" if at_ns is None else to_the_minute(at_ns) for at_ns in day.span),
             "-" if view.messages is None else thousands(view.messages),
             str(view.gaps),
         ]
@@ -104,13 +103,14 @@ def print_day(env: str, view: DayView, gaps_shown: int | None = None, newest: Dr
     click.echo(f"Environment: {env}")
     click.echo(f"State: {view.state}")
     zone = load_setting(env).env.calendar()
-    for title, at_ns in (("Started", day.started_ns), ("Ended", day.ended_ns)):
+    started_ns, ended_ns = day.span
+    for title, at_ns in (("Started", started_ns), ("Ended", ended_ns)):
         if at_ns is not None:
             local = zone.local(at_ns)
             here = "" if not local.utcoffset() else f" ({local.strftime('%Y-%m-%d %H:%M:%S %Z')})"
             click.echo(f"{title}: {rfc3339(at_ns)}{here}")
-    if day.started_ns is not None:
-        click.echo(f"Duration: {duration((day.ended_ns or view.at_ns) - day.started_ns)}")
+    if started_ns is not None:
+        click.echo(f"Duration: {duration((ended_ns or view.at_ns) - started_ns)}")
     click.echo(f"Messages: {messages_text(view)}")
     click.echo(f"Gaps: {view.gaps}")
     several = len({str(gap.scope["component"]) for gap in day.gaps if "component" in gap.scope}) > 1

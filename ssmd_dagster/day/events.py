@@ -185,6 +185,13 @@ class TradingDay(msgspec.Struct, frozen=True, kw_only=True):
         return "live" if self.recorded or self.recorded_with is not None else self.mode
 
     @property
+    def span(self) -> tuple[int | None, int | None]:
+        """Return when it was started and ended; of a recorded day that was replayed too, when its recording was."""
+        if self.mode == "replay" and self.recorded_from_ns is not None:
+            return self.recorded_from_ns, self.recorded_until_ns
+        return self.started_ns, self.ended_ns
+
+    @property
     def error(self) -> str | None:
         """Return the text of the failure that the day is in."""
         return None if self.failure is None else self.failure.error

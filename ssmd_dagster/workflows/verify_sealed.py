@@ -30,7 +30,7 @@ from ssmd_dagster.environments.models import Environment
 from ssmd_dagster.errors import NotFoundError, RefusedError, UnexplainedDifferenceError
 from ssmd_dagster.stores.objects import ObjectStore
 from ssmd_dagster.workflows.attempt import Attempt, Options
-from ssmd_dagster.workflows.damage import Sorted, journal_losses, rebuild, sort_out
+from ssmd_dagster.workflows.damage import described, journal_losses, rebuild, sort_out
 from ssmd_dagster.workflows.desk import Desk
 from ssmd_dagster.workflows.end import END, examine
 from ssmd_dagster.workflows.holdings import TABLES
@@ -97,8 +97,8 @@ async def verify_store(
     """Verify a sealed day from the store alone. Raises `NotFoundError` where it holds no manifest of the day."""
     found = await _examine_store(env, raw, normalized, date, None, tell)
     ledger, holes = _ledger(found, published=None)
-    # Whether spool or stream have another copy is not asked here.
-    faults = (*found.faults, *Sorted(found.readback.losses, ()).faults(), *holes, *unexplained(ledger))
+    lost = [f"{described(loss)}: not in the store; spool and stream were not asked" for loss in found.readback.losses]
+    faults = (*found.faults, *lost, *holes, *unexplained(ledger))
     judged = _judge(found, ledger, faults)
     return _verification(env.name, found, judged, faults, ledger, journal=False, changed=False)
 

@@ -453,3 +453,17 @@ def test_a_roll_that_was_cut_off_leaves_a_day_behind() -> None:
     log.add(EventName.COMPLETED, date=before)
     assert log.book.left_behind is None
     assert log.book.successor(before) == log.day(after)
+
+
+def test_a_recorded_day_that_is_replayed_too_keeps_the_span_of_its_recording() -> None:
+    """A replay takes seconds, months later; what was recorded when does not change by it."""
+    log = started()
+    log.add(EventName.END_REQUESTED, epoch=log.day().epoch)
+    log.add(EventName.COMPLETED)
+    span = log.day().span
+    assert None not in span
+    log.add(EventName.START_REQUESTED, data={"mode": "replay", "revision": 2})
+    log.add(EventName.STARTED)
+    log.add(EventName.END_REQUESTED, epoch=log.day().epoch)
+    log.add(EventName.COMPLETED)
+    assert log.day().span == span != (log.day().started_ns, log.day().ended_ns)
