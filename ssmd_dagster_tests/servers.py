@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
+
 from ssmd_dagster.stores import embedded
 
 READY_TIMEOUT_S = 15.0
@@ -95,6 +97,10 @@ class ServerProcess:
         """Stop the server's clock (SIGSTOP): it accepts bytes and answers nothing."""
         assert self._process is not None
         os.kill(self._process.pid, signal.SIGSTOP)
+        deadline = time.monotonic() + READY_TIMEOUT_S
+        while psutil.Process(self._process.pid).status() != psutil.STATUS_STOPPED:
+            assert time.monotonic() < deadline, "the server does not stop"
+            time.sleep(0.01)
 
     def resume(self) -> None:
         """Let a paused server go on."""

@@ -17,7 +17,7 @@ from ssmd_dagster.cli.desk import actor, date_option, env_argument, json_option
 from ssmd_dagster.cli.output import duration, message, plain_pause, thousands, time_of_day
 from ssmd_dagster.day.calendar import parse_date
 from ssmd_dagster.day.events import Paused
-from ssmd_dagster.errors import UnreachableError
+from ssmd_dagster.errors import ExitCode, UnreachableError
 from ssmd_dagster.workflows.desk import open_desk
 from ssmd_dagster.workflows.views import DayView, status
 
@@ -38,14 +38,16 @@ _HOME, _TO_END_OF_LINE, _TO_END_OF_SCREEN = "\x1b[H", "\x1b[K", "\x1b[J"
     help="Seconds between looks.",
 )
 @json_option
-def watch_command(env: str, date: str | None, every_s: float, as_json: bool) -> None:
+def watch_command(env: str, date: str | None, every_s: float, as_json: bool) -> int:
     """Show the current trading day again and again, until Ctrl-C.
 
     Where the output is no terminal, and with --json, one line a look.
     """
     wanted = None if date is None else parse_date(date).isoformat()
-    with contextlib.suppress(KeyboardInterrupt):  # that is how it is meant to end
+    try:
         asyncio.run(_watch(env, wanted, every_s, as_json))
+    except KeyboardInterrupt:  # that is how it is meant to end
+        return int(ExitCode.INTERRUPTED)
 
 
 async def _watch(env: str, date: str | None, every_s: float, as_json: bool) -> NoReturn:

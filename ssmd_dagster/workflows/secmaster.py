@@ -23,13 +23,13 @@ async def sync(desk: Desk, date: str) -> SyncResult:
     try:
         rows = {market.ticker: pack(market) async for market in exchange.markets(selection)}
         await _note_maintenance(desk, exchange, date)
-    except NotFoundError as error:
-        raise ConfigurationError(
-            f"the exchange does not know all that is selected: {error.what}",
-            where=error.where,
-            do=f"Correct `capture.markets` of {desk.env}: `ssmd env show {desk.env}`",
-        ) from error
     except SsmdError as error:
+        if selection.tickers is None and isinstance(error, NotFoundError):
+            raise ConfigurationError(
+                f"the exchange does not know all that is selected: {error.what}",
+                where=error.where,
+                do=f"Correct `capture.markets` of {desk.env}: `ssmd env show {desk.env}`",
+            ) from error
         if selection.tickers is None or isinstance(error, ConfigurationError):
             raise
         desk.report(

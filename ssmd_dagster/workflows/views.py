@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from ssmd_dagster.capture.archiver import COMPONENT as ARCHIVER
-from ssmd_dagster.capture.programs import day_components
+from ssmd_dagster.capture.programs import LIVE, day_components
 from ssmd_dagster.day.calendar import Window
 from ssmd_dagster.day.events import Book, TradingDay
 from ssmd_dagster.day.ledger import Ledger
@@ -98,7 +98,10 @@ async def status(desk: Desk, date: str | None = None) -> DayView:
             "no trading day has been started yet", where=desk.env, do=f"Start today's: `ssmd day start {desk.env}`."
         )
     seen = await view(desk, _day_of(desk, book, date or str(book.current)))
-    return msgspec.structs.replace(seen, behind=book.left_behind) if seen.day.date == book.current else seen
+    if seen.day.date != book.current:
+        return seen
+    gateway = await desk.stores.cache.heartbeats(LIVE) if seen.components else {}
+    return msgspec.structs.replace(seen, behind=book.left_behind, components=seen.components | gateway)
 
 
 async def history(desk: Desk, limit: int) -> list[DayView]:

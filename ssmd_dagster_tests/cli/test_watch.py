@@ -71,12 +71,12 @@ def test_a_cache_that_is_away_makes_no_rate() -> None:
     assert rates == ["-/s", "-/s", "50/s"]
 
 
-def test_to_stop_watching_is_no_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Ctrl-C is how it is meant to end."""
+def test_to_stop_watching_needs_no_words(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Ctrl-C is how it is meant to end; the exit code is that of every interrupted command."""
 
     async def interrupted(*_arguments: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(watch, "_watch", interrupted)
-    assert run(["day", "watch"]) == ExitCode.OK
+    assert run(["day", "watch"]) == ExitCode.INTERRUPTED
     assert capsys.readouterr().err == ""

@@ -55,6 +55,7 @@ def test_a_missed_day_is_built_from_the_exchange_while_the_live_day_goes_on(buil
     ]
     status = built.json("day", "status", ENV)
     assert (status["date"], status["state"]) == (built.today(), "ACTIVE")
+    assert sorted(status["components"]) == ["archiver", "connector-a", "gateway"]
     assert built.day(ENV, day)["state"] == "ACTIVE"
     # When it is asked again, for the proof, the exchange lists fewer trades than it gave out.
     sim(built, ENV, "/sim/faults", {"fault": "http_short", "path": "/markets/trades", "count": 3, "size": 20})
