@@ -277,7 +277,6 @@ def _spoil(stage: Stage, folder: Path, kind: str) -> list[Path]:
     "A6",
     "stored segments: a bit flipped, one deleted, cut, two swapped",
     "`day verify` names the object and builds it again; without a copy a gap is declared; with the bytes back it passes",
-    quick=True,
 )
 def store_spoilt(stage: Stage) -> None:
     """Each kind of damage in a complete day, found from the store alone, and mended."""

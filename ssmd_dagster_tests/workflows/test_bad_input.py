@@ -112,6 +112,7 @@ def test_a_refused_key_is_a_matter_of_configuration_and_is_not_tried_again(house
     assert (found["state"], found["step"]) == ("FAILED", "connector")
 
 
+@pytest.mark.long
 def test_a_wrong_key_of_the_simulated_exchange_is_refused(house: House, simulated: str) -> None:
     """A key id that the exchange does not know ends with exit code 8 and is never printed."""
     slug = simulated.upper().replace("-", "_")

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import duckdb
+import pytest
 
 from ssmd_dagster_tests.house import House, until
 
@@ -100,6 +101,7 @@ def test_a_day_is_started_recorded_ended_and_sealed(house: House, simulated: str
             assert rows == [(sheet["archived"],)]
 
 
+@pytest.mark.long
 def test_a_roll_by_hand_ends_one_day_and_starts_the_next(house: House, simulated: str) -> None:
     """Rolling prints the design's lines, ends the day and leaves the next one ACTIVE."""
     house.ssmd("day", "start", simulated)
