@@ -76,7 +76,10 @@ def backfill_command(
             f"Failed: {', '.join(result.date for result in failed)}. Run the same command again once the cause is gone."
         )
         return int(ExitCode.FAILURE)
-    return int(ExitCode.OK)
+    lacking = [result for result in results if result.outcome == "replayed" and result.against]
+    for result in lacking:
+        message(f"{result.date} is {result.condition}: {'; '.join(result.against)}")
+    return int(ExitCode.DEGRADED if lacking else ExitCode.OK)
 
 
 def _to_json(result: DayResult) -> dict[str, Any]:

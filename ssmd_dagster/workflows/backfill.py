@@ -18,6 +18,7 @@ import msgspec
 
 from ssmd_dagster.capture.process import give_way
 from ssmd_dagster.capture.setting import Setting
+from ssmd_dagster.day.condition import beyond_replay
 from ssmd_dagster.day.events import TradingDay
 from ssmd_dagster.day.states import DayState
 from ssmd_dagster.errors import SsmdError, UsageError
@@ -37,11 +38,12 @@ Outcome = Literal["replayed", "complete already", "failed"]
 
 
 class DayResult(msgspec.Struct, frozen=True, kw_only=True):
-    """What became of one day of a range."""
+    """What became of one day of a range. `against` is what stands against it beyond what no replay brings back."""
 
     date: str
     outcome: Outcome
     condition: str | None = None
+    against: tuple[str, ...] = ()
     trades: int | None = None
     seconds: float = 0.0
     error: str | None = None
@@ -188,7 +190,14 @@ def is_done(day: TradingDay) -> bool:
 
 
 def _result(day: TradingDay, outcome: Outcome, seconds: float = 0.0) -> DayResult:
-    return DayResult(date=day.date, outcome=outcome, condition=day.condition, trades=trades_of(day), seconds=seconds)
+    return DayResult(
+        date=day.date,
+        outcome=outcome,
+        condition=day.condition,
+        against=beyond_replay(day.condition_reasons, day.gaps),
+        trades=trades_of(day),
+        seconds=seconds,
+    )
 
 
 def trades_of(day: TradingDay) -> int | None:

@@ -185,6 +185,7 @@ def re_executed(env: str, verb: str, day: str, run_id: str, instance: dg.Dagster
 
 
 @pytest.mark.usefixtures("impatient")
+@pytest.mark.long
 def test_a_re_execution_from_failure_takes_the_day_under_a_new_epoch(
     in_house: House, simulated: str, instance: dg.DagsterInstance
 ) -> None:

@@ -124,7 +124,6 @@ def _fill(ballast: Path) -> None:
     "A2",
     "the archiver's disk is full",
     "ERROR with the cause, no partial batch; goes on when there is room",
-    quick=True,
 )
 def local_disk_full(stage: Stage) -> None:
     """A small file system over the segments' folder, filled and emptied again."""

@@ -23,7 +23,16 @@ DATES = ("2026-02-01", "2026-02-02", "2026-02-03")
 def finished(date: str) -> Any:
     """A day that is COMPLETE and sealed."""
     ledger = {"trades": {"exchange": 5}}
-    return SimpleNamespace(date=date, condition="degraded", ledger=ledger, state=DayState.COMPLETE, is_unsealed=False)
+    reasons = ("replayed source", "3 trades are missing") if date == DATES[1] else ("replayed source",)
+    return SimpleNamespace(
+        date=date,
+        condition="degraded",
+        condition_reasons=reasons,
+        gaps=(),
+        ledger=ledger,
+        state=DayState.COMPLETE,
+        is_unsealed=False,
+    )
 
 
 async def run(
@@ -98,3 +107,9 @@ async def test_complete_days_are_told_first_and_do_not_count_for_the_time_left(m
         f"{DATES[0]} is number 2, 1 times as long to go",
         f"{DATES[2]} is number 3, 0 times as long to go",
     ]
+
+
+async def test_what_no_replay_brings_back_stands_against_no_day(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every replayed day is degraded by it; what else there is makes the exit code of the whole."""
+    results, _ = await run(monkeypatch, {})
+    assert [result.against for result in results] == [(), ("3 trades are missing",), ()]

@@ -132,6 +132,7 @@ def test_a_missing_secret_is_named_before_anything_starts(house: House, env_name
     assert f"{env_name.upper().replace('-', '_')}_KEY_ID" in done.stderr
 
 
+@pytest.mark.long
 def test_a_day_that_is_being_started_is_refused_and_taken_over_once_its_starter_is_dead(
     house: House, env_name: str
 ) -> None:
