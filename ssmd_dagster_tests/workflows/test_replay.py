@@ -172,8 +172,8 @@ REFUSED = (
 
 def test_days_that_cannot_be_replayed_are_refused_before_anything_is_done(built: House) -> None:
     """Each with its exit code and its words, and no day comes into being."""
-    before = [day["date"] for day in built.json("day", "history", ENV, "--limit", "1000")["days"]]
     built.ssmd("day", "start", ENV)
+    before = [day["date"] for day in built.json("day", "history", ENV, "--limit", "1000")["days"]]
     dates = {"TODAY": built.today(), "TOMORROW": ago(built, -1)}
     for arguments, code, words in REFUSED:
         done = built.ssmd(*(dates.get(word, word) for word in arguments), check=code)
