@@ -374,6 +374,6 @@ th,td{padding:5px 14px 5px 0;border-bottom:1px solid var(--g);vertical-align:top
 table:not(.n) td:last-child{white-space:normal;min-width:14em}
 .n td:not(:first-child),.n th:not(:first-child){text-align:right;padding:5px 0 5px 14px}
 code{font:12.5px ui-monospace,monospace;overflow-wrap:anywhere}
-footer{margin-top:48px;border-top:1px solid var(--g);padding-top:12px;font-size:13px}
+footer{margin-top:48px;border-top:1px solid var(--g);padding-top:12px;font-size:13px;overflow-wrap:anywhere}
 @media print{main{max-width:none;padding:0}section{break-inside:avoid}}
 """
