@@ -6,6 +6,8 @@ the component's status, of which `error` is what it is troubled by; a refused re
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -18,6 +20,7 @@ from nats.aio.subscription import Subscription
 from ssmd_dagster.errors import SsmdError, UnreachableError
 
 ANSWER_TIMEOUT_S = 5.0
+_POLL_S = 0.1
 
 
 def control_subject(env: str, component: str, date: str | None = None) -> str:
@@ -25,14 +28,24 @@ def control_subject(env: str, component: str, date: str | None = None) -> str:
     return f"{env}.control.{date}.{component}" if date else f"{env}.control.{component}"
 
 
-async def request(nc: Client, subject: str, command: str, **arguments: Any) -> dict[str, Any]:
-    """Ask a component and return its answer.
+async def request(
+    nc: Client, subject: str, command: str, *, coming_up_s: float = 0.0, **arguments: Any
+) -> dict[str, Any]:
+    """Ask a component and return its answer; one that is not there yet, as after a crash, is waited for for `coming_up_s`.
 
     Raises `UnreachableError` where nobody answers within `ANSWER_TIMEOUT_S`, `SsmdError` with its words where it refuses.
     """
     body = msgspec.json.encode({"command": command, **arguments})
+    deadline = time.monotonic() + coming_up_s
     try:
-        answer = await nc.request(subject, body, timeout=ANSWER_TIMEOUT_S)
+        while True:
+            try:
+                answer = await nc.request(subject, body, timeout=ANSWER_TIMEOUT_S)
+                break
+            except nats.errors.NoRespondersError:
+                if time.monotonic() >= deadline:
+                    raise
+                await asyncio.sleep(_POLL_S)
     except (nats.errors.TimeoutError, nats.errors.NoRespondersError, nats.errors.ConnectionClosedError) as error:
         raise UnreachableError(
             f"{subject.rsplit('.', 1)[-1]} does not answer `{command}`",

@@ -51,6 +51,8 @@ ARCHIVE_TIMEOUT_S = 4 * 3600.0
 """How long an archiver may take to catch up. Its progress is shown; `--force` is for those who cannot wait."""
 FORCED_TIMEOUT_S = 10.0
 ANSWER_TIMEOUT_S = 30.0
+GATEWAY_COMING_UP_S = 15.0
+"""How long a gateway that its supervisor has just started again may take to listen."""
 OVERLAP_NS = 3_000_000_000
 """How long the old day's connector records on beyond the boundary of a roll."""
 AUDIT_TIMEOUT_S = 3600.0
@@ -139,6 +141,7 @@ async def drain_gateway(attempt: Attempt) -> str:
             desk.stores.nc,
             control_subject(desk.env, GATEWAY),
             "drain",
+            coming_up_s=0.0 if attempt.options.force else GATEWAY_COMING_UP_S,
             date=attempt.date,
             close=desk.book.book.successor(attempt.date) is None,
         ),

@@ -110,6 +110,13 @@ async def test_a_component_in_trouble_answers_and_a_refusal_is_an_error(setting:
     await service.unsubscribe()
     with pytest.raises(UnreachableError, match="archiver does not answer `status`"):
         await request(stores.nc, subject, "status")
+    with pytest.raises(UnreachableError, match="archiver does not answer `status`"):
+        await request(stores.nc, subject, "status", coming_up_s=0.3)
+    asking = asyncio.create_task(request(stores.nc, subject, "status", coming_up_s=15))
+    await asyncio.sleep(0)
+    service = await serve(stores.nc, subject, answer)
+    assert (await asking)["state"] == "archiving"
+    await service.unsubscribe()
 
 
 async def test_heartbeats_go_on_when_the_cache_does_not_answer(
