@@ -31,7 +31,7 @@ def control_subject(env: str, component: str, date: str | None = None) -> str:
 async def request(
     nc: Client, subject: str, command: str, *, coming_up_s: float = 0.0, **arguments: Any
 ) -> dict[str, Any]:
-    """Ask a component and return its answer; one that is not there yet, as after a crash, is waited for for `coming_up_s`.
+    """Ask a component and return its answer; one that is not there yet, as after a crash, has `coming_up_s` to come.
 
     Raises `UnreachableError` where nobody answers within `ANSWER_TIMEOUT_S`, `SsmdError` with its words where it refuses.
     """

@@ -129,8 +129,8 @@ def print_day(env: str, view: DayView, gaps_shown: int | None = None, newest: Dr
         for reason in day.condition_reasons:
             click.echo(f"  - {reason}")
     if day.late is not None and day.late.rows:
-        todo = f"no table has them yet: ssmd day normalize {env} --date {day.date}"
-        click.echo(f"Late Rows: {thousands(day.late.rows)}, {'in the table `late`' if day.late.filed else todo}")
+        unfiled = f"no table has them yet: ssmd day normalize {env} --date {day.date}"
+        click.echo(f"Late Rows: {thousands(day.late.rows)}, {'in the table `late`' if day.late.filed else unfiled}")
     _print_fill(view)
     if view.unknown:
         click.echo(f"Drift: {unknown_words(view.unknown)}")
@@ -217,8 +217,8 @@ def _print_unended(env: str, view: DayView) -> None:
     """Print that the day is over and records on, or that an earlier one is not ended; in a roll both are so for a while."""
     running = (DayState.ACTIVE, DayState.ERROR)
     if view.behind is not None:
-        todo = f" still; ssmd day roll {env} ends it" if view.behind.state in running else ""
-        click.echo(f"Behind: {view.behind.date} is {view.behind.state}{todo}")
+        ending = f" still; ssmd day roll {env} ends it" if view.behind.state in running else ""
+        click.echo(f"Behind: {view.behind.date} is {view.behind.state}{ending}")
     elif view.over and view.state in running and view.day.mode == "live":
         verb = "roll" if load_setting(env).env.schedule.auto_roll else "end"
         click.echo(f"Over: its window has closed, and it records on; ssmd day {verb} {env}")

@@ -528,13 +528,14 @@ def _gave_up(day: TradingDay, event: DayEvent, data: payloads.GaveUp) -> dict[st
 
 
 def _end_requested(day: TradingDay, event: DayEvent, data: payloads.EndRequested) -> dict[str, Any]:
+    recorded_until_ns = day.recorded_until_ns
+    if recorded_until_ns is None and day.mode == "live":
+        recorded_until_ns = event.at_ns
     return {
         "failure": None,
         "actor": event.actor,
         "ended_ns": day.ended_ns if day.ended_ns is not None else event.at_ns,
-        "recorded_until_ns": event.at_ns
-        if day.recorded_until_ns is None and day.mode == "live"
-        else day.recorded_until_ns,
+        "recorded_until_ns": recorded_until_ns,
         "close_ns": day.close_ns if day.close_ns is not None else data.close_ns,
     }
 

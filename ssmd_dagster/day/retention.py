@@ -22,7 +22,7 @@ class Kept(NamedTuple):
     proved: bool
 
 
-def over(kept: Sequence[Kept], now_ns: int, keep_ns: int, free: int) -> tuple[str, ...]:
+def dates_to_let_go(kept: Sequence[Kept], now_ns: int, keep_ns: int, free: int) -> tuple[str, ...]:
     """Return the dates whose batches may go, oldest first; `free` is how many bytes the stream still takes."""
     wanted = max((day.size for day in kept), default=0)
     found = []

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -55,15 +56,16 @@ def create_in_parts(client: Any, bucket: str, key: str, path: Path) -> None:
     part_bytes = max(PART_BYTES, -(-size // MOST_PARTS))
     place = {"Bucket": bucket, "Key": key}
     place["UploadId"] = client.create_multipart_upload(**place, ChecksumAlgorithm="SHA256")["UploadId"]
-    try:
 
-        def send(number: int) -> dict[str, Any]:
-            with path.open("rb") as file:
-                file.seek((number - 1) * part_bytes)
-                body = file.read(part_bytes)
-            sent = client.upload_part(**place, PartNumber=number, Body=body, ChecksumAlgorithm="SHA256")
-            return {"PartNumber": number, "ETag": sent["ETag"], "ChecksumSHA256": sent["ChecksumSHA256"]}
+    def send(number: int) -> dict[str, Any]:
+        with path.open("rb") as file:
+            file.seek((number - 1) * part_bytes)
+            body = file.read(part_bytes)
+        sent = client.upload_part(**place, PartNumber=number, Body=body, ChecksumAlgorithm="SHA256")
+        return {"PartNumber": number, "ETag": sent["ETag"], "ChecksumSHA256": sent["ChecksumSHA256"]}
 
+    with ExitStack() as on_failure:
+        on_failure.callback(_abort, client, place)
         with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
             sending = [pool.submit(send, number) for number in range(1, -(-size // part_bytes) + 1)]
             try:
@@ -71,9 +73,7 @@ def create_in_parts(client: Any, bucket: str, key: str, path: Path) -> None:
             finally:
                 pool.shutdown(cancel_futures=True)
         client.complete_multipart_upload(**place, MultipartUpload={"Parts": parts}, IfNoneMatch="*")
-    except BaseException:
-        _abort(client, place)
-        raise
+        on_failure.pop_all()
 
 
 def status_of(error: ClientError) -> int:

@@ -7,6 +7,7 @@ stream's sequences are no checkpoints, and a batch may be in the stream more tha
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Sequence
 from typing import NamedTuple, Self
 
@@ -64,7 +65,7 @@ class RawBatch(NamedTuple):
 
 
 class Usage(NamedTuple):
-    """Bytes that a stream holds, and how many it takes."""
+    """Bytes that a stream holds, and how many it takes; a `limit` below 1 is none."""
 
     size: int
     limit: int
@@ -72,7 +73,7 @@ class Usage(NamedTuple):
     @property
     def free(self) -> int:
         """Return how many more bytes it takes."""
-        return max(0, self.limit - self.size)
+        return max(0, self.limit - self.size) if self.limit > 0 else sys.maxsize
 
     @property
     def share(self) -> float:

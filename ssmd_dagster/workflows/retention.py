@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 
 from ssmd_dagster.day.events import TradingDay
-from ssmd_dagster.day.retention import Kept, over
+from ssmd_dagster.day.retention import Kept, dates_to_let_go
 from ssmd_dagster.day.states import DayState
 from ssmd_dagster.environments.home import spool_dir, spool_root
 from ssmd_dagster.errors import NotFoundError
@@ -32,7 +32,7 @@ async def let_go_of_sealed_days(desk: Desk) -> tuple[str, ...]:
     days = [day for date, day in desk.book.book.days.items() if date in sizes]
     kept = [Kept(day.date, sizes[day.date], desk.window(day).close_ns, _proved(day)) for day in days]
     usage = await desk.stores.raw_stream.usage()
-    found = over(kept, desk.setting.clock(), keep_ns, usage.free)
+    found = dates_to_let_go(kept, desk.setting.clock(), keep_ns, usage.free)
     for date in found:
         await let_go(desk, date)
     return found

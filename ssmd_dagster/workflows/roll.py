@@ -27,7 +27,7 @@ WAITS_FOR_BOUNDARY_S = 900
 
 
 _UP = (DayState.ACTIVE, DayState.ERROR, DayState.ENDING, DayState.COMPLETE)
-"""A day that a roll has brought up already, whatever became of it."""
+"""States of a day that a roll has brought up already, whatever became of it."""
 
 
 class Rolled(msgspec.Struct, frozen=True):

@@ -142,10 +142,12 @@ async def finish(attempt: Attempt) -> TradingDay:
     if replay.is_replay(attempt):
         return await replay.finish(attempt)
     desk, date, options = attempt.desk, attempt.date, attempt.options
-    in_time = options.boundary_ns is not None and (left_ns := options.boundary_ns - desk.setting.clock()) > 0
-    if options.boundary_ns is not None and in_time:
+    boundary_ns = options.boundary_ns or 0
+    left_ns = boundary_ns - desk.setting.clock()
+    in_time = left_ns > 0
+    if in_time:
         attempt.tell("note", "boundary", f"Ready; the day begins in {left_ns / 1e9:.0f} s")
-        await wait_until(desk, options.boundary_ns)
+        await wait_until(desk, boundary_ns)
     beats = await desk.stores.cache.heartbeats(date)
     connectors = connector_names(desk.setting.env)
     markets = markets_subscribed(desk.setting.env, beats)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ssmd_dagster.day.retention import WARN_SHARE, Kept, nearly_full_words, over
+from ssmd_dagster.day.retention import WARN_SHARE, Kept, dates_to_let_go, nearly_full_words
 
 kept_days = st.lists(
     st.builds(Kept, st.dates().map(str), st.integers(0, 100), st.integers(0, 100), st.booleans()),
@@ -19,7 +19,7 @@ def test_only_sealed_days_go_and_no_more_than_time_or_room_ask_for(
     kept: list[Kept], now_ns: int, keep_ns: int, free: int
 ) -> None:
     """All whose time is up, then the oldest; afterwards there is room for another day, or nothing sealed is left."""
-    gone = over(kept, now_ns, keep_ns, free)
+    gone = dates_to_let_go(kept, now_ns, keep_ns, free)
     known = {day.date: day for day in kept}
     proved = {day.date for day in kept if day.proved}
     expired = {date for date in proved if known[date].close_ns + keep_ns < now_ns}
