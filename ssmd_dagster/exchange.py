@@ -223,14 +223,24 @@ class Covered(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TradePage(msgspec.Struct, frozen=True, kw_only=True):
-    """One page of the exchange's list of trades: `rows` is a JSON array of its rows as they came, on one line."""
+    """One page of the exchange's list of trades: `rows` is a JSON array of its rows as they came, on one line.
+
+    `ids` are the rows' in their order, `first_ns` and `last_ns` the times of the earliest and the latest of them.
+    """
 
     endpoint: str
     params: dict[str, str]
     covered: Covered
     rows: bytes
-    count: int
+    ids: list[str]
+    first_ns: int
+    last_ns: int
     tickers: frozenset[str]
+
+    @property
+    def count(self) -> int:
+        """Return how many rows there are."""
+        return len(self.ids)
 
 
 class TradeQuery(msgspec.Struct, frozen=True, kw_only=True):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+from typing import Literal
 from urllib.parse import quote
 
 FILE_OF_CHANNEL = {
@@ -15,6 +17,11 @@ FILE_OF_CHANNEL = {
     "session": "session",
 }
 """Raw channels and the file names of their segments. A channel that is not here is a bug, not data."""
+
+EDGE_SEGMENTS = 2
+"""How many segments of a channel hold the minute around a day's boundary: the one at the edge, and the one beside it."""
+
+Edge = Literal["first", "last"]
 
 CHANNEL_OF_FILE = {file: channel for channel, file in FILE_OF_CHANNEL.items()}
 
@@ -40,6 +47,16 @@ def parse_segment_key(key: str) -> tuple[str, int] | None:
     if match is None or match["file"] not in CHANNEL_OF_FILE:
         return None
     return CHANNEL_OF_FILE[match["file"]], int(match["number"])
+
+
+def segments_by_channel(keys: Iterable[str], edge: Edge | None = None) -> dict[str, list[str]]:
+    """Sort the keys of segments by channel and number, with `edge` only each channel's `EDGE_SEGMENTS` there; skips others."""
+    numbered: dict[str, list[tuple[int, str]]] = {}
+    for key in keys:
+        if (parsed := parse_segment_key(key)) is not None:
+            numbered.setdefault(parsed[0], []).append((parsed[1], key))
+    chosen = {"first": slice(EDGE_SEGMENTS), "last": slice(-EDGE_SEGMENTS, None), None: slice(None)}[edge]
+    return {channel: [key for _, key in sorted(found)][chosen] for channel, found in sorted(numbered.items())}
 
 
 def manifest_key(feed: str, date: str, revision: int = 1) -> str:

@@ -196,10 +196,11 @@ class Recorded:
         before = max((day for day in known if day < date), default=None)
         after = min((day for day in known if day > date), default=None)
         near = " and ".join(day for day in (before, after) if day is not None)
+        do = f"The nearest recorded: {near}" if near else f"No day is recorded in {self.place}"
         return DayNotFoundError(
             f"{date} is not recorded",
             where=self.name,
-            do=f"The nearest recorded: {near}" if near else f"No day is recorded in {self.place}",
+            do=do if after else f"{do}; a day that is running can be read once it has ended",
         )
 
     def _read(self, path: str) -> bytes:

@@ -20,7 +20,7 @@ from ssmd_dagster.exchange import REST, SESSION, room_part
 
 TRADES = "trade"
 _ID_BYTES = 16
-_UUID_CHARS, _UUID_HYPHENS = 36, 4
+_UUID_CHARS = 36
 _Ids = npt.NDArray[np.bytes_]
 
 
@@ -202,9 +202,10 @@ class Matching:
 
 def ids_bytes(ids: Sequence[str]) -> bytes:
     """Return ids as 16 bytes each: a UUID's own, else a hash."""
-    if all(len(text) == _UUID_CHARS and text.count("-") == _UUID_HYPHENS for text in ids):
+    digits = [text.replace("-", "") for text in ids]
+    if {*map(len, ids)} == {_UUID_CHARS} and {*map(len, digits)} == {2 * _ID_BYTES}:
         try:
-            found = bytes.fromhex("".join(ids).replace("-", ""))
+            found = bytes.fromhex("".join(digits))
         except ValueError:
             found = b""
         if len(found) == _ID_BYTES * len(ids):

@@ -9,10 +9,9 @@ from datetime import UTC, datetime, timedelta
 
 import msgspec
 
-from ssmd_dagster.kalshi.scaled import milliseconds_ns, rfc3339_ns, seconds_ns
+from ssmd_dagster.kalshi.scaled import milliseconds_ns, rfc3339_ns, seconds_ns, sort_as_text
 
 _TRADE = "trade"
-_PLAIN_LENGTH = 27
 
 
 class TradeKey(msgspec.Struct, frozen=True, gc=False):
@@ -71,20 +70,16 @@ def trade_key(frame: bytes | msgspec.Raw, recv_ns: int) -> TradeKey | None:
     return TradeKey(message.trade_id, message.market_ticker, event_ns)
 
 
-def row_ids(rows: bytes, open_ns: int, close_ns: int) -> tuple[list[str], list[bool]]:
-    """Return the ids of a JSON array of REST's rows, and which of them are of `[open_ns, close_ns)`.
+def rows_within(rows: bytes, open_ns: int, close_ns: int) -> list[bool]:
+    """Return which of a JSON array of REST's rows are of `[open_ns, close_ns)`.
 
     Raises `msgspec.DecodeError` or `ValueError` for anything else.
     """
-    read = _decode_rows(rows)
-    times = [row.created_time for row in read]
-    if all(len(text) == _PLAIN_LENGTH and text[-1] == "Z" for text in times):
-        # Times of one and the same form sort as text does.
+    times = [row.created_time for row in _decode_rows(rows)]
+    if sort_as_text(times):
         first, end = _plain(open_ns), _plain(close_ns)
-        inside = [first <= text < end for text in times]
-    else:
-        inside = [open_ns <= rfc3339_ns(text) < close_ns for text in times]
-    return [row.trade_id for row in read], inside
+        return [first <= text < end for text in times]
+    return [open_ns <= rfc3339_ns(text) < close_ns for text in times]
 
 
 def page_ids(frame: bytes | msgspec.Raw) -> tuple[list[str], set[str]]:

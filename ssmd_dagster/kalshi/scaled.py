@@ -10,7 +10,9 @@ from __future__ import annotations
 import datetime
 import functools
 import re
+from collections.abc import Sequence
 from decimal import Decimal
+from operator import itemgetter
 from typing import Any
 
 PRICE_PLACES = 6
@@ -21,7 +23,8 @@ _MAX_CHARS = 40
 _RFC3339 = re.compile(r"(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d:\d\d)(?:\.(\d{1,9})\d*)?(Z|z|[+-]\d\d:\d\d)", re.ASCII)
 # The three forms that Kalshi's own messages have, for which the standard library's parser is right and quick.
 _PLAIN = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.(?:\d{3}|\d{6}))?Z", re.ASCII)
-_PLAIN_LENGTHS = frozenset({20, 24, 27})
+_MICROSECONDS_LENGTH = 27
+_PLAIN_LENGTHS = frozenset({20, 24, _MICROSECONDS_LENGTH})
 _CACHED_NUMBERS = 1 << 16
 _EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 
@@ -54,6 +57,11 @@ def rfc3339_ns(text: Any) -> int:
     elapsed = moment - _EPOCH
     fraction_ns = int(fraction.ljust(9, "0")) if fraction else 0
     return (elapsed.days * 86_400 + elapsed.seconds) * _NS_PER_S + fraction_ns
+
+
+def sort_as_text(times: Sequence[str]) -> bool:
+    """Tell whether all are of the form `2026-10-26T12:00:00.123456Z`, in which earlier times are lesser texts."""
+    return {*map(len, times)} == {_MICROSECONDS_LENGTH} and {*map(itemgetter(-1), times)} == {"Z"}
 
 
 def whole(value: Any) -> int:

@@ -21,7 +21,7 @@ from ssmd_dagster.errors import SsmdError
 from ssmd_dagster.exchange import Covered, TradePage, TradeQuery, TradesRead
 from ssmd_dagster.kalshi.errors import ExchangeAnswerError
 from ssmd_dagster.kalshi.rest import RestClient
-from ssmd_dagster.kalshi.scaled import rfc3339_ns
+from ssmd_dagster.kalshi.scaled import rfc3339_ns, sort_as_text
 from ssmd_dagster.kalshi.trades import read_cutoff
 
 LIVE, HISTORICAL = "/markets/trades", "/historical/trades"
@@ -37,7 +37,6 @@ ROUNDS = 4
 MAX_PAGES = 1_000_000
 _NS_PER_S = 1_000_000_000
 _REMEMBERED_PAGES = 4
-_PLAIN_LENGTH = 27
 _COMBO_PREFIX = "KXMVE"
 """Tickers of multivariate markets begin with it: the list of trades has no filter for them."""
 
@@ -61,13 +60,29 @@ _decode_raw_rows = msgspec.json.Decoder(list[msgspec.Raw]).decode
 
 
 class _Chain:
-    """One chain of pages: all of `[low_ns, high_ns)` is its to read, all from `at_ns` on has come."""
+    """One chain of pages: all of `[low_ns, high_ns)` is its to read, all from `at_ns` on has come.
 
-    __slots__ = ("at_ns", "cursor", "cursors", "high_ns", "low_ns", "params", "path", "recent", "rows", "ticker")
+    `recent` are the ids of its last pages, `earliest_ns` the time of the earliest row that came.
+    """
+
+    __slots__ = (
+        "at_ns",
+        "cursor",
+        "cursors",
+        "earliest_ns",
+        "high_ns",
+        "low_ns",
+        "params",
+        "path",
+        "recent",
+        "rows",
+        "ticker",
+    )
 
     def __init__(self, path: str, ticker: str | None, low_ns: int, high_ns: int) -> None:
         self.path, self.ticker, self.low_ns, self.high_ns = path, ticker, low_ns, high_ns
         self.at_ns = high_ns
+        self.earliest_ns = high_ns
         self.cursor = ""
         self.cursors = 0
         self.rows = 0
@@ -216,7 +231,7 @@ class _Tape:
             chain.at_ns = max(chain.low_ns, min(at_ns, low_ns + DISORDER_NS))
         chain.rows += len(rows)
         raw = bytes(page.trades) if kept is None else _joined(page.trades, kept)
-        count = len(rows) if kept is None else len(kept)
+        here = rows if kept is None else [rows[index] for index in kept]
         covered = Covered(
             endpoint=chain.path,
             ticker=chain.ticker,
@@ -225,21 +240,23 @@ class _Tape:
             to_ns=at_ns,
             cutoff_ns=self._cutoff_ns,
         )
-        if count or chain.at_ns < at_ns:
-            here = rows if kept is None else [rows[index] for index in kept]
+        if here or chain.at_ns < at_ns:
+            first_ns, last_ns = (low_ns, high_ns) if kept is None else _reach(here, chain.path)
             await self._take(
                 TradePage(
                     endpoint=chain.path,
                     params=dict(params),
                     covered=covered,
                     rows=raw.replace(b"\n", b" ").replace(b"\r", b" ") if b"\n" in raw or b"\r" in raw else raw,
-                    count=count,
+                    ids=[row.trade_id for row in here],
+                    first_ns=first_ns,
+                    last_ns=last_ns,
                     tickers=frozenset([row.ticker for row in here]),
                 )
             )
             self._covered.append(covered)
             self.pages += 1
-            self.trades += count
+            self.trades += len(here)
         return not ended
 
     def _kept(self, chain: _Chain, rows: list[_Row], low_ns: int, high_ns: int) -> list[int] | None:
@@ -254,7 +271,7 @@ class _Tape:
             low_ns >= first
             and high_ns < end
             and len(ids) == len(rows)
-            and all(ids.isdisjoint(page) for page in chain.recent)
+            and (high_ns < chain.earliest_ns or all(ids.isdisjoint(page) for page in chain.recent))
             and (query.tickers is None or tickers <= query.tickers)
             and (query.include_multivariate or not any(map(_is_combo, tickers)))
             and (self._seam is None or high_ns < self._seam[0] or low_ns > self._seam[1])
@@ -278,6 +295,7 @@ class _Tape:
                     self._seam_ids.add(row.trade_id)
                 kept.append(index)
         chain.recent.append(ids)
+        chain.earliest_ns = min(chain.earliest_ns, low_ns)
         return kept
 
 
@@ -328,8 +346,7 @@ def _reach(rows: list[_Row], path: str) -> Interval:
     if not rows:
         return 0, 0
     texts = [row.created_time for row in rows]
-    if all(len(text) == _PLAIN_LENGTH and text[-1] == "Z" for text in texts):
-        # Times of one and the same form sort as text does.
+    if sort_as_text(texts):
         return _parsed(min(texts), path), _parsed(max(texts), path)
     times = [_parsed(text, path) for text in texts]
     return min(times), max(times)

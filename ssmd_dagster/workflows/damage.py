@@ -9,11 +9,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Iterable
+from itertools import chain
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from ssmd_dagster.archive.batch import Batch, BatchDamagedError, SegmentFooter, read_last
-from ssmd_dagster.archive.layout import manifest_key, parse_segment_key, segment_key
+from ssmd_dagster.archive.layout import Edge, manifest_key, parse_segment_key, segment_key, segments_by_channel
 from ssmd_dagster.archive.losses import Loss
 from ssmd_dagster.archive.segment import Ranges, SegmentWriter, add_range, covered, in_ranges
 from ssmd_dagster.capture.archiver import read_footer, sha256_of
@@ -91,8 +92,8 @@ def _all_there(loss: Loss, copies: set[tuple[str, str, int]]) -> bool:
     return all((loss.conn, loss.channel, number) in copies for number in range(loss.first, last + 1))
 
 
-async def check_sealed(desk: Desk, day: TradingDay) -> None:
-    """See that the raw objects are those of the day's newest sealed revision, if it has one: another is made of no others.
+async def check_sealed(desk: Desk, day: TradingDay, edge: Edge | None = None) -> None:
+    """See that the raw objects, or those at one edge of the day, are those of its newest sealed revision, if it has one.
 
     Raises `UnexplainedDifferenceError`, which names those that are missing or changed.
     """
@@ -100,20 +101,21 @@ async def check_sealed(desk: Desk, day: TradingDay) -> None:
         return
     env, raw = desk.setting.env, desk.stores.raw
     manifest = Manifest.decode(await raw.get(manifest_key(env.feed, day.date, day.sealed.revision)))
+    sealed = {entry.key: entry.sha256 for entry in manifest.segments}
     spoilt = []
-    for entry in manifest.segments:
+    for key in chain.from_iterable(segments_by_channel(sealed, edge).values()):
         try:
-            same = await sha256_of(raw, entry.key) == entry.sha256
+            same = await sha256_of(raw, key) == sealed[key]
         except NotFoundError:
             same = False
         if not same:
-            spoilt.append(entry.key)
+            spoilt.append(key)
     if spoilt:
         raise UnexplainedDifferenceError(
             f"not what was sealed: {', '.join(spoilt)}; tables made of it would lack rows that are in those there",
             where=desk.where(day.date),
             do=f"`ssmd day verify {desk.env} {day.date}` names what is spoilt and what mends it; of what is gone for good "
-            f"`ssmd day normalize {desk.env} {day.date} --despite-damage` makes a revision without it.",
+            "`ssmd day normalize … --despite-damage` makes a revision without it.",
         )
 
 

@@ -16,16 +16,18 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
 from ssmd_dagster.archive.difference import MAX_ROWS, TableDifference, compare_tables
 from ssmd_dagster.archive.drift import Drift, briefly
 from ssmd_dagster.archive.layout import (
+    Edge,
     capnp_key,
     day_prefix,
     drift_key,
-    parse_segment_key,
+    segments_by_channel,
     table_key,
     table_prefix,
 )
@@ -55,8 +57,6 @@ from ssmd_dagster.workflows.sealing import seal_revision
 from ssmd_dagster.workflows.verify import read_back
 
 NORMALIZE_TIMEOUT_S = 6 * 3600.0
-EDGE_SEGMENTS = 2
-"""How many segments of a channel of a neighbouring day hold the minute around the boundary: one, and the one beside it."""
 _UPLOADS = 8
 _TELL_EVERY_S = 10.0
 _ERROR_CHARS = 400
@@ -154,7 +154,8 @@ async def normalise_again(desk: Desk, date: str, *, told: Tell, despite_damage: 
     Raises:
         NotFoundError: There is no such day.
         RefusedError: The day is not COMPLETE: its end makes its tables.
-        UnexplainedDifferenceError: Its raw objects are not those that were sealed, and `despite_damage` is not given.
+        UnexplainedDifferenceError: Its raw objects, or those of its neighbours that hold rows of it, are not those that were
+            sealed, and `despite_damage` is not given.
     """
     day = (await desk.book.refresh()).days.get(date)
     if day is None:
@@ -167,6 +168,8 @@ async def normalise_again(desk: Desk, date: str, *, told: Tell, despite_damage: 
         )
     if not despite_damage:
         await check_sealed(desk, day)
+        for beside in _beside(desk, day):
+            await check_sealed(desk, beside.day, beside.edge)
     done = await normalise(desk, day, told=told)
     await tell_the_neighbours(desk, done.late_elsewhere)
     if (late := late_of(day, done.late)) is not None:
@@ -336,58 +339,74 @@ def _schema_file(desk: Desk) -> Path:
     return exchanges_dir() / "schemas" / next(one.file for one in versions if one.version == wanted)
 
 
-async def _segments(desk: Desk, date: str, folder: Path, edge: str | None = None) -> tuple[RawSegment, ...]:
-    """Return a day's segments as local files; with `edge` those of a neighbour: `first` or `last`, near the day, or `all`."""
-    found: dict[str, list[tuple[int, str]]] = {}
-    for info in await desk.stores.raw.list(day_prefix(desk.setting.env.feed, date)):
-        parsed = parse_segment_key(info.key)
-        if parsed is not None and (edge is None or parsed[0] in TABLE_OF_CHANNEL):
-            found.setdefault(parsed[0], []).append((parsed[1], info.key))
+async def _segments(
+    desk: Desk, date: str, folder: Path, edge: Edge | None = None, *, with_rows_only: bool = False
+) -> tuple[RawSegment, ...]:
+    """Return a day's segments, or those at one edge of it, as local files."""
+    keys = [info.key for info in await desk.stores.raw.list(day_prefix(desk.setting.env.feed, date))]
     segments = []
-    for channel, numbered in sorted(found.items()):
-        keys = [key for _, key in sorted(numbered)]
-        keys = keys[:EDGE_SEGMENTS] if edge == "first" else keys[-EDGE_SEGMENTS:] if edge == "last" else keys
-        for key in keys:
+    for channel, found in segments_by_channel(keys, edge).items():
+        if with_rows_only and channel not in TABLE_OF_CHANNEL:
+            continue
+        for key in found:
             path = await _fetched(desk.stores.raw, key, folder / "raw" / key.replace("/", "_"))
             segments.append(RawSegment(channel=channel, path=str(path)))
     return tuple(segments)
 
 
-async def _neighbours(desk: Desk, day: TradingDay, folder: Path) -> tuple[Neighbour, ...]:
-    """Return the days beside this one with what their raw files may have of it.
+class _Beside(NamedTuple):
+    """A day beside another, and the edge at which its raw files may have rows of that one; None: anywhere in it."""
 
-    The next day's first segment is often not stored yet; then its spool is read, where it is on this host. Where the next day
-    is known to have received late rows, all of its segments are read, and all of the day before where that recorded on far
-    into this one. Days that another one's recording held have nothing of their own.
+    day: TradingDay
+    edge: Edge | None
+    late_until_ns: int | None
+    recorded_on: bool
+
+
+def _beside(desk: Desk, day: TradingDay) -> list[_Beside]:
+    """Return the days before and after this one; those that another one's recording held have nothing of their own.
+
+    Where the next day is known to have received late rows, all of it counts, and all of the day before where that recorded on
+    far into this one.
     """
     days = desk.book.book.days
     dates = sorted(date for date, one in days.items() if date == day.date or one.recorded_with is None)
     at = dates.index(day.date)
     found = []
-    for index, edge in ((at - 1, "last"), (at + 1, "first")):
-        if not 0 <= index < len(dates):
-            continue
-        date = dates[index]
-        window = desk.window(days[date])
-        late_until_ns = day.late.until_ns if day.late is not None and edge == "first" else None
-        edge = "all" if late_until_ns is not None else edge
-        recorded_on = edge == "last" and recorded_into(desk, days[date], day)
-        segments = await _segments(desk, date, folder, None if recorded_on else edge)
+    for date in dates[max(0, at - 1) : at]:
+        recorded_on = recorded_into(desk, days[date], day)
+        found.append(_Beside(days[date], None if recorded_on else "last", None, recorded_on))
+    for date in dates[at + 1 : at + 2]:
+        late_until_ns = None if day.late is None else day.late.until_ns
+        found.append(_Beside(days[date], "first" if late_until_ns is None else None, late_until_ns, recorded_on=False))
+    return found
+
+
+async def _neighbours(desk: Desk, day: TradingDay, folder: Path) -> tuple[Neighbour, ...]:
+    """Return the days beside this one with what their raw files may have of it.
+
+    The next day's first segment is often not stored yet; then its spool is read, where it is on this host.
+    """
+    found = []
+    for beside in _beside(desk, day):
+        date = beside.day.date
+        segments = await _segments(desk, date, folder, beside.edge, with_rows_only=True)
         if not segments:
             try:
                 segments = _spooled(spool_dir(desk.setting.home, desk.env, date), folder / "raw")
             except FileNotFoundError:  # its day was sealed meanwhile, so its segments are in the store
-                segments = await _segments(desk, date, folder, edge)
+                segments = await _segments(desk, date, folder, beside.edge, with_rows_only=True)
+        window = desk.window(beside.day)
         found.append(
             Neighbour(
                 date=date,
                 open_ns=window.open_ns,
                 close_ns=window.close_ns,
                 segments=segments,
-                seals=days[date].sealed_ns,
-                late_until_ns=late_until_ns,
-                recorded_on=recorded_on,
-                gaps=days[date].gaps,
+                seals=beside.day.sealed_ns,
+                late_until_ns=beside.late_until_ns,
+                recorded_on=beside.recorded_on,
+                gaps=beside.day.gaps,
             )
         )
     return tuple(found)

@@ -159,7 +159,7 @@ class _Listing:
         self.cannot_record: SsmdError | None = None
         self._selection = desk.setting.env.capture.markets.selection()
         self._ids, self._asked, self._pages, self._tell = ids, asked, pages, tell
-        self._row_ids = room_part(desk.setting.env.feed, "matching").row_ids
+        self._rows_within = room_part(desk.setting.env.feed, "matching").rows_within
         self._read = 0
 
     async def read(self, exchange: Exchange) -> None:
@@ -180,7 +180,10 @@ class _Listing:
         await exchange.trade_pages(query, self._take)
 
     async def _take(self, page: TradePage) -> None:
-        missing = self.matching.take(*self._row_ids(page.rows, self._asked.open_ns, self._asked.close_ns))
+        open_ns, close_ns = self._asked.open_ns, self._asked.close_ns
+        whole = open_ns <= page.first_ns and page.last_ns < close_ns
+        of_window = [True] * page.count if whole else self._rows_within(page.rows, open_ns, close_ns)
+        missing = self.matching.take(page.ids, of_window)
         self._read += 1
         if self._read % TELL_EVERY_PAGES == 0:
             self._tell(f"{self._read:,} pages of the exchange's trades compared")

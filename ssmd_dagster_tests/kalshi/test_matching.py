@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ssmd_dagster.archive.trade_ids import id_bytes, ids_bytes
-from ssmd_dagster.kalshi.matching import page_ids, row_ids
+from ssmd_dagster.kalshi.matching import page_ids, rows_within
 from ssmd_dagster.kalshi.scaled import rfc3339_ns
 
 DAY_NS = int(datetime(2026, 5, 29, tzinfo=UTC).timestamp()) * 1_000_000_000
@@ -46,9 +46,9 @@ def test_a_row_is_of_the_day_by_its_time(forms: list[tuple[int, str]], edge_ns: 
     ]
     ids = [str(number) for number in range(len(times))]
     open_ns, close_ns = DAY_NS, DAY_NS + 86_400 * 10**9 + edge_ns
-    found, inside = row_ids(rows(ids, times), open_ns, close_ns)
-    assert found == ids
-    assert inside == [open_ns <= rfc3339_ns(text) < close_ns for text in times]
+    assert rows_within(rows(ids, times), open_ns, close_ns) == [
+        open_ns <= rfc3339_ns(text) < close_ns for text in times
+    ]
 
 
 def test_what_is_no_page_has_no_trades() -> None:
@@ -58,4 +58,4 @@ def test_what_is_no_page_has_no_trades() -> None:
     assert page_ids(b'{"type":"ok","msg":{}}') == ([], set())
     assert page_ids(b"[]") == ([], set())
     with pytest.raises(ValueError, match="not an RFC 3339 time"):
-        row_ids(rows(["a"], ["yesterday"]), 0, 1)
+        rows_within(rows(["a"], ["yesterday"]), 0, 1)

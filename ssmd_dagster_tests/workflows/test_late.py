@@ -165,6 +165,22 @@ async def test_no_tables_are_made_of_raw_files_that_are_not_those_that_were_seal
     assert (without.revision, without.differences["trade"].removed > 0) == (2, True)
 
 
+@pytest.mark.parametrize(("day", "beside"), [(DATE, NEXT), (NEXT, DATE)])
+async def test_no_tables_are_made_beside_raw_files_that_are_not_those_that_were_sealed(
+    tmp_path: Path, day: str, beside: str
+) -> None:
+    """The neighbours' files around the boundary have rows of the day, too."""
+    days = TwoDays(tmp_path)
+    for date in (DATE, NEXT):
+        at_ns = days.windows[date].open_ns + HOUR_NS
+        await days.put(date, {f"{date}-a-0": [(at_ns + n * S, trade("T", n, at_ns + n * S)) for n in (1, 2, 3)]})
+        await normalise(days.desk, days.log.day(date), told=days.told.append)
+    days.log.add(EventName.SEALED, date=NEXT, at_ns=SEALED_NS)
+    Path(days.raw.url(segment_key("kalshi", beside, "trade", 0))).unlink()
+    with pytest.raises(UnexplainedDifferenceError, match=rf"not what was sealed: .*trades-00.*day verify \S+ {beside}"):
+        await normalise_again(days.desk, day, told=days.told.append)
+
+
 async def test_a_day_that_is_not_sealed_is_told_nothing(tmp_path: Path) -> None:
     """Its own end will find the rows."""
     days = TwoDays(tmp_path)

@@ -61,8 +61,18 @@ class ListedTrades:
         wanted = [r for r in wanted if query.tickers is None or r["ticker"] in query.tickers]
         covered = Covered(endpoint="/x", ticker=None, selection="all", from_ns=0, to_ns=1, cutoff_ns=0)
         for start in range(0, len(wanted), 7):
-            rows = json.dumps(wanted[start : start + 7]).encode()
-            page = TradePage(endpoint="/x", params={}, covered=covered, rows=rows, count=7, tickers=frozenset(["KX-1"]))
+            rows = wanted[start : start + 7]
+            times = [rfc3339_ns(row["created_time"]) for row in rows]
+            page = TradePage(
+                endpoint="/x",
+                params={},
+                covered=covered,
+                rows=json.dumps(rows).encode(),
+                ids=[row["trade_id"] for row in rows],
+                first_ns=min(times),
+                last_ns=max(times),
+                tickers=frozenset(["KX-1"]),
+            )
             await take(page)
         return TradesRead(trades=len(wanted), pages=1, requests=1, cutoff_ns=0)
 
