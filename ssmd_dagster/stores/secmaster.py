@@ -18,7 +18,7 @@ import redis.asyncio
 import redis.exceptions
 from nats.js import JetStreamContext, api
 
-from ssmd_dagster.errors import NotFoundError, RefusedError
+from ssmd_dagster.errors import NotFoundError, RefusedError, UnreachableError
 from ssmd_dagster.exchange import Market
 from ssmd_dagster.stores.cache import redis_errors, rfc3339, text
 from ssmd_dagster.stores.jetstream import (
@@ -36,21 +36,29 @@ _PUBLISH_TIMEOUT_S = 10.0
 _READ_TIMEOUT_S = 10.0
 _KEEP_S = 400 * 86_400
 """Changes are kept for 400 days; each day's tables hold the security master of that day for ever."""
+_WHOLE_EVERY_NS = 23 * 3_600 * 1_000_000_000
+"""So often a sync also tells the whole list: who asks for a day need not read the years before it, which age away."""
+_PART_BYTES = 512 * 1024
+_BEFORE_NS = 3_600 * 1_000_000_000
+"""How long before a day the whole list must have been told: clocks are set, and other syncs under way."""
+_WHOLE_TRIED = 3
 _SETTLED = frozenset({"settled", "finalized"})
-_Event = Literal["market_added", "market_updated", "market_settled"]
+_Event = Literal["market_added", "market_updated", "market_settled", "markets_listed"]
 
 
 class MarketChange(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One message of `{env}.secmaster.changes`.
 
-    `old` is missing for `market_added`. For `market_settled`, `new` is missing where the market left the list.
+    `old` is missing for `market_added`. For `market_settled`, `new` is missing where the market left the list. `markets_listed`
+    tells a part of the whole list, once a day, and has `listed` alone.
     """
 
     event: _Event
-    ticker: str
+    ticker: str = ""
     at_ns: int
     old: Market | None = None
     new: Market | None = None
+    listed: tuple[Market, ...] = ()
 
 
 class SyncResult(msgspec.Struct, frozen=True, kw_only=True):
@@ -78,6 +86,7 @@ class SecurityMaster:
         self._by_category = f"{self._markets}:by_category:"
         self._expiring = f"{self._markets}:expiring"
         self._last_sync = f"{env}:secmaster:last_sync"
+        self._whole = f"{env}:secmaster:whole"
 
     async def create(self) -> None:
         """Create the stream of changes unless it is there.
@@ -134,14 +143,19 @@ class SecurityMaster:
                 there = cast("dict[bytes, bytes]", await self._redis.hgetall(self._markets))
                 old = {text(ticker): row for ticker, row in there.items()}
                 changes = list(_changes(old, rows))
+                due = not await pipeline.zcount(self._whole, (now_ns - _WHOLE_EVERY_NS) / 1e9, now_ns / 1e9)
                 await self._publish(changes, old, rows, now_ns, last_sync)
                 await self._put(rows, [change.ticker for change in changes if change.event != "market_settled"])
                 listed = {ticker: _listed(row) for ticker, row in rows.items()}
                 open_now = {ticker: market for ticker, market in listed.items() if market.status not in _SETTLED}
+                told = await self._publish_whole([rows[ticker] for ticker in open_now], now_ns) if due else None
                 stale = [key async for key in self._redis.scan_iter(match=f"{self._by_category}*", count=1000)]
                 pipeline.multi()  # type: ignore[no-untyped-call]  # redis-py forgot its return type
                 self._write(pipeline, changes, open_now, stale)
                 pipeline.set(self._last_sync, rfc3339(now_ns))
+                if told is not None:
+                    pipeline.zadd(self._whole, {told.written: now_ns / 1e9})
+                    pipeline.zremrangebyscore(self._whole, 0, now_ns / 1e9 - _KEEP_S)
                 try:
                     await pipeline.execute()
                 except redis.exceptions.WatchError:
@@ -212,28 +226,68 @@ class SecurityMaster:
                 acks.append(await self._publisher.publish(self.subject, msgspec.json.encode(change), headers))
             await asyncio.gather(*acks)
 
+    async def _publish_whole(self, rows: Sequence[bytes], now_ns: int) -> _Told | None:
+        """Tell the whole list, in parts, and return where in the stream; None for an empty one."""
+        if not rows:
+            return None
+        await wait_connected(self._js, _PUBLISH_TIMEOUT_S, f"publishing to {self.subject}")
+        seqs = []
+        for part in _parts(rows):
+            data = b'{"event":"markets_listed","at_ns":%d,"listed":[%b]}' % (now_ns, b",".join(part))
+            seqs.append(await (await self._publisher.publish(self.subject, data, {})))
+        return _Told(seqs[0], seqs[-1], now_ns)
+
     async def known(self, open_ns: int, close_ns: int) -> list[Market]:
         """Return the markets that were listed at any time in `[open_ns, close_ns)`, as last known before its end.
 
-        Made of the stream of changes, so that it is the same whenever it is asked for. Sorted by ticker.
+        Made of the stream of changes, from the last time on that the whole list was told before the interval, so that it is the
+        same whenever it is asked for. Sorted by ticker.
         """
         with nats_errors(self._js, f"reading {self.stream}"):
             try:
                 last_seq = (await self._js.stream_info(self.stream)).state.last_seq
             except nats.js.errors.NotFoundError:
                 return []
+            told = await self._whole_before(open_ns - _BEFORE_NS) or _Told(1, last_seq, 0)
         known: dict[str, Market] = {}
-        decode = msgspec.json.Decoder(MarketChange).decode
-        async with StreamReader(self._js, self.stream, [self.subject]) as reader:
+        async with StreamReader(self._js, self.stream, [self.subject], start_seq=told.first_seq) as reader:
             async for messages in read_up_to(reader, last_seq, _READ_TIMEOUT_S):
-                for change in map(decode, (message.data for message in messages)):
-                    if change.at_ns >= close_ns:
-                        continue
+                for message in messages:
+                    change = _change(message.data)
+                    if change.at_ns >= close_ns or (change.listed and message.seq > told.last_seq):
+                        continue  # a whole list that is told later says nothing new
+                    known |= {market.ticker: market for market in change.listed}
                     if change.event == "market_settled" and change.at_ns < open_ns:
                         known.pop(change.ticker, None)
                     elif (market := change.new or change.old) is not None:
                         known[change.ticker] = market
         return [known[ticker] for ticker in sorted(known)]
+
+    async def _whole_before(self, at_ns: int) -> _Told | None:
+        """Return where the stream last tells of the whole list before a time, None where nobody knows: then all is read."""
+        try:
+            with redis_errors(self._redis):
+                places = await self._redis.zrange(
+                    self._whole, at_ns / 1e9, "-inf", desc=True, byscore=True, offset=0, num=_WHOLE_TRIED
+                )
+        except UnreachableError:
+            return None
+        for place in places:
+            told = _Told.read(text(place))
+            if await self._is_there(told):
+                return told
+        return None
+
+    async def _is_there(self, told: _Told) -> bool:
+        """Tell whether the stream has what was told, from its first to its last message: streams are lost and made anew."""
+        for seq in (told.first_seq, told.last_seq):
+            try:
+                message = await self._js.get_msg(self.stream, seq)
+            except nats.js.errors.NotFoundError:
+                return False
+            if _change(message.data or b"").at_ns != told.at_ns:
+                return False
+        return True
 
     async def markets(self) -> list[Market]:
         """Return all open markets, sorted by ticker."""
@@ -284,6 +338,24 @@ class _Change(NamedTuple):
     ticker: str
 
 
+class _Told(NamedTuple):
+    """Where in the stream a sync told something: the sequences of its first and last message, and its time."""
+
+    first_seq: int
+    last_seq: int
+    at_ns: int
+
+    @property
+    def written(self) -> str:
+        """Return it as a member of the set in Redis."""
+        return f"{self.first_seq}-{self.last_seq}-{self.at_ns}"
+
+    @classmethod
+    def read(cls, written: str) -> _Told:
+        """Read such a member."""
+        return cls(*map(int, written.split("-")))
+
+
 class _Listed(msgspec.Struct, frozen=True):
     """What the keys beside a market's row are made of."""
 
@@ -293,6 +365,7 @@ class _Listed(msgspec.Struct, frozen=True):
 
 
 _market = msgspec.json.Decoder(Market).decode
+_change = msgspec.json.Decoder(MarketChange).decode
 _listed = msgspec.json.Decoder(_Listed).decode
 
 
@@ -314,6 +387,20 @@ def _changes(old: Mapping[str, bytes], new: Mapping[str, bytes]) -> Iterator[_Ch
     for ticker in old:
         if ticker not in new:
             yield _Change("market_settled", ticker)
+
+
+def _parts(rows: Sequence[bytes]) -> Iterator[list[bytes]]:
+    """Cut rows into parts of about `_PART_BYTES`."""
+    part: list[bytes] = []
+    size = 0
+    for row in rows:
+        part.append(row)
+        size += len(row)
+        if size > _PART_BYTES:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part
 
 
 def _change_id(change: MarketChange, last_sync: str) -> str:

@@ -49,11 +49,12 @@ async def secmaster(redis_client: redis.asyncio.Redis, js: JetStreamContext, env
     return secmaster
 
 
-async def changes(js: JetStreamContext, secmaster: SecurityMaster) -> list[MarketChange]:
-    """Return everything that was published, in order."""
+async def changes(js: JetStreamContext, secmaster: SecurityMaster, *, whole: bool = False) -> list[MarketChange]:
+    """Return every change that was published, in order, or every telling of the whole list."""
     last_seq = (await js.stream_info(secmaster.stream)).state.last_seq
     raw = [(await js.get_msg(secmaster.stream, seq)).data or b"" for seq in range(1, last_seq + 1)]
-    return [msgspec.json.decode(data, type=MarketChange) for data in raw]
+    told = [msgspec.json.decode(data, type=MarketChange) for data in raw]
+    return [change for change in told if (change.event == "markets_listed") == whole]
 
 
 async def test_added_updated_and_settled_markets_are_told_with_old_and_new(
@@ -104,7 +105,7 @@ async def test_settled_markets_leave_every_set(
     assert (await secmaster.apply([], NOW_NS + 3)).settled == 1
     assert await secmaster.markets() == []
     keys = [key async for key in redis_client.scan_iter(match=f"{env_name}:*")]
-    assert keys == [f"{env_name}:secmaster:last_sync".encode()]
+    assert sorted(keys) == [f"{env_name}:secmaster:{name}".encode() for name in ("last_sync", "whole")]
 
 
 async def test_categories_may_have_odd_characters(secmaster: SecurityMaster) -> None:
@@ -154,6 +155,58 @@ async def test_two_syncs_at_once_end_with_one_list(secmaster: SecurityMaster) ->
     tickers = {market.ticker for market in await secmaster.markets()}
     assert tickers in ({m.ticker for m in first}, {m.ticker for m in second})
     assert set(await secmaster.in_category("Crypto")) == tickers
+
+
+async def listed_by_days(secmaster: SecurityMaster, days: int) -> dict[int, list[str]]:
+    """Sync every 12 hours: one market for ever, one that changes on the second day, one a day that settles on the next."""
+    by_day: dict[int, list[str]] = {}
+    for half in range(2 * days):
+        day = half // 2
+        changing = a_market("CHANGING", title="before" if day < 1 else "after")
+        await secmaster.apply([a_market("EVER"), changing, a_market(f"DAY-{day}")], NOW_NS + half * 12 * HOUR_NS)
+        by_day[day] = ["CHANGING", *(f"DAY-{n}" for n in (day - 1, day) if n >= 0), "EVER"]
+    return by_day
+
+
+async def test_a_days_markets_are_found_without_reading_the_days_before_it(
+    redis_client: redis.asyncio.Redis, js: JetStreamContext, secmaster: SecurityMaster, env_name: str
+) -> None:
+    """The whole list is told once a day; from there on the answer is what all changes from the beginning give."""
+    by_day = await listed_by_days(secmaster, 6)
+    told = [change.listed for change in await changes(js, secmaster, whole=True)]
+    assert [[market.ticker for market in listed] for listed in told] == [
+        ["EVER", "CHANGING", f"DAY-{n}"] for n in by_day
+    ]
+
+    async def known() -> dict[int, list[Market]]:
+        opens = {day: NOW_NS + 24 * day * HOUR_NS - HOUR_NS // 2 for day in by_day}
+        return {day: await secmaster.known(at_ns, at_ns + 24 * HOUR_NS) for day, at_ns in opens.items()}
+
+    found = await known()
+    assert {day: [market.ticker for market in markets] for day, markets in found.items()} == by_day
+    assert [found[day][0].title for day in by_day] == ["before"] + ["after"] * 5
+    await redis_client.delete(f"{env_name}:secmaster:whole")
+    assert await known() == found
+
+    await secmaster.apply([a_market("EVER")], NOW_NS + 10 * 24 * HOUR_NS)
+    last = (await js.stream_info(secmaster.stream)).state.last_seq
+    await js.purge_stream(secmaster.stream, seq=last - 1)  # as age does
+    tickers = [market.ticker for market in await secmaster.known(NOW_NS + 300 * HOUR_NS, NOW_NS + 324 * HOUR_NS)]
+    assert tickers == ["EVER"]
+
+
+async def test_a_place_in_a_stream_that_was_lost_is_not_believed(
+    js: JetStreamContext, secmaster: SecurityMaster
+) -> None:
+    """A stream that was made anew has other messages under the same numbers, or none."""
+    await listed_by_days(secmaster, 3)
+    await js.delete_stream(secmaster.stream)
+    await secmaster.create()
+    at_ns = NOW_NS + 100 * HOUR_NS
+    for number in range(12):
+        await secmaster.apply([a_market("EVER"), a_market(f"NEW-{number}")], at_ns + number)
+    known = await secmaster.known(at_ns + HOUR_NS, at_ns + 25 * HOUR_NS)
+    assert [market.ticker for market in known] == ["EVER", "NEW-11"]
 
 
 async def test_create_refuses_a_stream_with_other_settings(js: JetStreamContext, env_name: str) -> None:
