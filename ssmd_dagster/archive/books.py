@@ -19,7 +19,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ssmd_dagster.archive.reader import Selection, coverage_of, known_hole, select
+from ssmd_dagster.archive.reader import Selection, coverage_of, known_hole, listed_of, select
 from ssmd_dagster.archive.recorded import Recorded, find
 from ssmd_dagster.archive.tables import CONTRACTS, DOLLARS, NANOSECONDS
 from ssmd_dagster.errors import NotFoundError, RefusedError, SsmdError, UsageError
@@ -117,7 +117,10 @@ def book_at(
         raise UsageError(f"a depth of {depth} levels", do="Give 1 or more, or none for all")
     recorded = find(env_or_path)
     selection = _day_of(recorded, ticker, at_ns, allow_unknown, revision)
-    return book_from(_rows(selection), ticker, at_ns, depth, holes=_holes(selection), allow_unknown=allow_unknown)
+    rows = selection.read(_COLUMNS)
+    if not len(rows):
+        rows = _rows(selection._replace(to_ns=None))  # later ones say from when on there is a book
+    return book_from(rows, ticker, at_ns, depth, holes=_holes(selection), allow_unknown=allow_unknown)
 
 
 def book_from(
@@ -431,16 +434,22 @@ class _Feed(NamedTuple):
 
 def _rows(selection: Selection) -> pa.Table:
     rows = selection.read(_COLUMNS)
-    if not len(rows):
-        ticker = selection.tickers[0] if selection.tickers else "?"
-        raise NotFoundError(
-            f"{ticker} has no order book on {selection.files[0].date}"
-            if selection.files
-            else f"{ticker} has no order book",
+    if len(rows):
+        return rows
+    assert selection.tickers is not None
+    (ticker,) = selection.tickers
+    date = f" on {selection.files[0].date}" if selection.files else ""
+    if (holes := _holes(selection)) and listed_of(selection, [ticker]) != set():
+        raise BookUnknownError(
+            f"the book of {ticker} is not known{date}: there is no row of it; {'; '.join(map(_hole, holes))}",
             where=selection.recorded.name,
-            do="See which markets there are: load(…, 'security_master')",
+            do="See which intervals are missing: coverage(…)",
         )
-    return rows
+    raise NotFoundError(
+        f"{ticker} has no order book{date}",
+        where=selection.recorded.name,
+        do="See which markets there are: load(…, 'security_master')",
+    )
 
 
 def _day_of(recorded: Recorded, ticker: str, at_ns: int, allow_unknown: bool, revision: int | None) -> Selection:

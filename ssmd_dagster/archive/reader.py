@@ -472,16 +472,23 @@ def warn_of_absent_tickers(selection: Selection) -> None:
 
 def _listing(selection: Selection, tickers: list[str]) -> list[tuple[list[str], str]]:
     """Return the tickers that the exchange listed and those that it did not, each with what that means."""
-    recorded = selection.recorded
-    files = [found for file in selection.files if (found := recorded.file(file.date, "security_master", file.as_of))]
-    if not files or not tickers:
+    listed = listed_of(selection, tickers) if tickers else None
+    if listed is None:
         return [(tickers, "whether listed by the exchange is not known")]
-    masters = Selection(recorded, "security_master", tuple(files), tuple(tickers)).read(["ticker"])
-    listed = set(masters["ticker"].to_pylist())
     return [
         ([one for one in tickers if one in listed], "listed by the exchange, and nothing of the kind happened"),
         ([one for one in tickers if one not in listed], "not among the recorded markets"),
     ]
+
+
+def listed_of(selection: Selection, tickers: Sequence[str]) -> set[str] | None:
+    """Return which of the tickers the exchange listed, as the security masters of a selection's days say; None without any."""
+    recorded = selection.recorded
+    files = [found for file in selection.files if (found := recorded.file(file.date, "security_master", file.as_of))]
+    if not files:
+        return None
+    masters = Selection(recorded, "security_master", tuple(files), tuple(tickers)).read(["ticker"])
+    return set(masters["ticker"].to_pylist())
 
 
 def _opened(parquet: ds.ParquetFileFormat, filesystem: fs.FileSystem, file: TableFile) -> ds.ParquetFileFragment:

@@ -277,6 +277,25 @@ def test_holes_of_a_recorded_day_come_from_its_coverage(shelf: Shelf) -> None:
     assert not book_at(shelf.folder, "KX-B", at(30), allow_unknown=True).known
 
 
+def test_a_book_whose_rows_are_all_in_a_hole_is_unknown(shelf: Shelf) -> None:
+    """The hole is named; a market that was never listed has no book all the same."""
+    shelf.write("coverage", [hole("orderbook_delta", 0, 86_400)])
+    shelf.write("security_master", [{"ticker": "KX-Y", "source": "secmaster"}])
+    for ask in (lambda: book_at(shelf.folder, "KX-Y", at(30)), lambda: top_of_book(shelf.folder, "KX-Y", DATE)):
+        with pytest.raises(BookUnknownError, match=r"KX-Y is not known on 2025-12-14: there is no row of it; .* to "):
+            ask()
+    with pytest.raises(NotFoundError, match="KX-Z has no order book"):
+        book_at(shelf.folder, "KX-Z", at(30))
+
+
+def test_before_its_first_row_a_book_is_unknown(shelf: Shelf) -> None:
+    """The answer says from when on there is one."""
+    with pytest.raises(
+        BookUnknownError, match=r"KX-A is not known at 2025-12-14T00:00:00.000Z: its first snapshot is of"
+    ):
+        book_at(shelf.folder, "KX-A", at(0))
+
+
 def test_wrong_questions_have_clear_answers(shelf: Shelf) -> None:
     """A day that is not recorded, a market without a book, a depth of nothing, a day without coverage."""
     with pytest.raises(DayNotFoundError, match="2025-12-20 is not recorded"):
