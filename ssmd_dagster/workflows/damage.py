@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from ssmd_dagster.archive.batch import Batch, BatchDamagedError, SegmentFooter, read_last
-from ssmd_dagster.archive.layout import Edge, manifest_key, parse_segment_key, segment_key, segments_by_channel
+from ssmd_dagster.archive.layout import Edge, parse_segment_key, segment_key, segments_by_channel
 from ssmd_dagster.archive.losses import Loss
 from ssmd_dagster.archive.segment import Ranges, SegmentWriter, add_range, covered, in_ranges
 from ssmd_dagster.capture.archiver import read_footer, sha256_of
@@ -29,6 +29,7 @@ from ssmd_dagster.errors import NotFoundError, SsmdError, UnexplainedDifferenceE
 from ssmd_dagster.stores.cache import rfc3339
 from ssmd_dagster.stores.stream import NO_BATCH
 from ssmd_dagster.workflows.desk import Desk
+from ssmd_dagster.workflows.sealing import newest_manifest
 
 FETCH_TIMEOUT_S = 1.0
 _NS_PER_MS = 1_000_000
@@ -99,8 +100,8 @@ async def check_sealed(desk: Desk, day: TradingDay, edge: Edge | None = None) ->
     """
     if day.sealed is None:
         return
-    env, raw = desk.setting.env, desk.stores.raw
-    manifest = Manifest.decode(await raw.get(manifest_key(env.feed, day.date, day.sealed.revision)))
+    raw = desk.stores.raw
+    manifest = await newest_manifest(desk, day.date, day.sealed)
     sealed = {entry.key: entry.sha256 for entry in manifest.segments}
     spoilt = []
     for key in chain.from_iterable(segments_by_channel(sealed, edge).values()):

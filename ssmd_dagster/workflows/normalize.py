@@ -54,7 +54,6 @@ from ssmd_dagster.workflows.desk import Desk
 from ssmd_dagster.workflows.late import judge_late_rows, late_of, tell_the_neighbours
 from ssmd_dagster.workflows.recorded_on import recorded_into
 from ssmd_dagster.workflows.sealing import seal_revision
-from ssmd_dagster.workflows.verify import read_back
 
 NORMALIZE_TIMEOUT_S = 6 * 3600.0
 _UPLOADS = 8
@@ -175,8 +174,7 @@ async def normalise_again(desk: Desk, date: str, *, told: Tell, despite_damage: 
     if (late := late_of(day, done.late)) is not None:
         day = await judge_late_rows(desk, day, late)
     if day.sealed is not None and (not done.already or done.revision > day.sealed.revision):
-        readback, _books, _ids = await read_back(desk, day, told)
-        await seal_revision(desk, day, readback, done.tables, drift=briefly(done.drift))
+        await seal_revision(desk, day, done.tables, drift=briefly(done.drift))
     return done
 
 

@@ -47,7 +47,20 @@ async def seal(
     Doing it again, after a crash between the two, writes the same bytes, or keeps those that are there where they claim the same
     of the same files. Returns the day after it.
     """
-    manifest = await _manifest(desk, day, readback, tables, day.revision if revision is None else revision)
+    files = segment_entries(readback), connection_entries(readback)
+    return await _seal(desk, day, *files, tables, day.revision if revision is None else revision, drift)
+
+
+async def _seal(
+    desk: Desk,
+    day: TradingDay,
+    segments: tuple[SegmentEntry, ...],
+    connections: tuple[ConnectionEntry, ...],
+    tables: Sequence[TableEntry],
+    revision: int,
+    drift: DriftFound | None,
+) -> TradingDay:
+    manifest = await _manifest(desk, day, segments, connections, tables, revision)
     raw = manifest.encode()
     key = manifest_key(manifest.feed, manifest.date, manifest.revision)
     try:
@@ -78,12 +91,13 @@ async def seal(
 async def seal_revision(
     desk: Desk,
     day: TradingDay,
-    readback: Readback,
     tables: Sequence[TableEntry],
     *,
     drift: DriftFound | None = None,
 ) -> TradingDay:
-    """Seal the next revision of a COMPLETE day whose tables (or repairs) are new; what was sealed before stays as it is.
+    """Seal the next revision of a COMPLETE day whose tables are new; what was sealed before stays as it is.
+
+    Its raw files are those of the revision before: one that was spoilt since is never sealed as it is now.
 
     Raises `RefusedError` where the day has no sealed revision to follow.
     """
@@ -93,7 +107,13 @@ async def seal_revision(
             where=desk.env,
             do=f"Verify it first: `ssmd day verify {desk.env} {day.date}`.",
         )
-    return await seal(desk, day, readback, tables, revision=day.sealed.revision + 1, drift=drift)
+    before = await newest_manifest(desk, day.date, day.sealed)
+    return await _seal(desk, day, before.segments, before.connections, tables, before.revision + 1, drift)
+
+
+async def newest_manifest(desk: Desk, date: str, sealed: Sealed) -> Manifest:
+    """Read the manifest that the journal's last seal of a day names. Raises `NotFoundError` where it is gone."""
+    return Manifest.decode(await desk.stores.raw.get(manifest_key(desk.setting.env.feed, date, sealed.revision)))
 
 
 def segment_entries(readback: Readback) -> tuple[SegmentEntry, ...]:
@@ -125,7 +145,12 @@ def _says_the_same(there: bytes, manifest: Manifest) -> bool:
 
 
 async def _manifest(
-    desk: Desk, day: TradingDay, readback: Readback, tables: Sequence[TableEntry], revision: int
+    desk: Desk,
+    day: TradingDay,
+    segments: tuple[SegmentEntry, ...],
+    connections: tuple[ConnectionEntry, ...],
+    tables: Sequence[TableEntry],
+    revision: int,
 ) -> Manifest:
     """Derive the manifest from the files and from the day's events up to its last verdict, from nothing else."""
     env = desk.setting.env
@@ -133,7 +158,6 @@ async def _manifest(
     stored = await desk.stores.journal.read_day(day)
     end = max(i for i, entry in enumerate(stored) if entry.event.event in _SEALS)
     events = stored[: end + 1]
-    segments = segment_entries(readback)
     window = desk.window(day)
     return Manifest(
         env=env.name,
@@ -146,7 +170,7 @@ async def _manifest(
         segments=segments,
         root_hash=root_hash(segments),
         tables=tuple(sorted(tables, key=lambda table: table.key)),
-        connections=connection_entries(readback),
+        connections=connections,
         gaps=day.gaps,
         ledger=day.ledger,
         condition=day.condition,

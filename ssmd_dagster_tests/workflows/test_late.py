@@ -163,6 +163,8 @@ async def test_no_tables_are_made_of_raw_files_that_are_not_those_that_were_seal
     assert sorted(tmp_path.glob("tables/**/*")) == there
     without = await normalise_again(days.desk, DATE, told=days.told.append, despite_damage=True)
     assert (without.revision, without.differences["trade"].removed > 0) == (2, True)
+    manifests = [Manifest.decode(await days.raw.get(manifest_key("kalshi", DATE, number))) for number in (1, 2)]
+    assert manifests[0].segments == manifests[1].segments  # what is spoilt is not sealed as it is now
 
 
 @pytest.mark.parametrize(("day", "beside"), [(DATE, NEXT), (NEXT, DATE)])
