@@ -11,17 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ssmd_dagster.archive.books import Book, BookUnknownError, book_at, depth_of_book, top_of_book
-    from ssmd_dagster.archive.reader import (
-        FutureVersionError,
-        GapError,
-        GapWarning,
-        NoRowsWarning,
-        contracts,
-        coverage,
-        dollars,
-        load,
-    )
+    from ssmd_dagster.archive.reader import GapError, GapWarning, NoRowsWarning, coverage, load
     from ssmd_dagster.archive.recorded import BrokenFileError, DayNotFoundError, DayNotReadyError
+    from ssmd_dagster.archive.selection import FutureVersionError
+    from ssmd_dagster.archive.units import contracts, dollars
 
 __version__ = "0.1.0"
 
@@ -48,19 +41,9 @@ _ROOM_OF = {
     **dict.fromkeys(
         ("Book", "BookUnknownError", "book_at", "depth_of_book", "top_of_book"), "ssmd_dagster.archive.books"
     ),
-    **dict.fromkeys(
-        (
-            "FutureVersionError",
-            "GapError",
-            "GapWarning",
-            "NoRowsWarning",
-            "contracts",
-            "coverage",
-            "dollars",
-            "load",
-        ),
-        "ssmd_dagster.archive.reader",
-    ),
+    **dict.fromkeys(("GapError", "GapWarning", "NoRowsWarning", "coverage", "load"), "ssmd_dagster.archive.reader"),
+    "FutureVersionError": "ssmd_dagster.archive.selection",
+    **dict.fromkeys(("contracts", "dollars"), "ssmd_dagster.archive.units"),
     **dict.fromkeys(("BrokenFileError", "DayNotFoundError", "DayNotReadyError"), "ssmd_dagster.archive.recorded"),
 }
 

@@ -19,8 +19,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ssmd_dagster.archive.reader import Selection, coverage_of, known_hole, listed_of, select
+from ssmd_dagster.archive.reader import coverage_of, known_hole, listed_of, select
 from ssmd_dagster.archive.recorded import Recorded, find
+from ssmd_dagster.archive.selection import Selection
 from ssmd_dagster.archive.tables import CONTRACTS, DOLLARS, NANOSECONDS
 from ssmd_dagster.errors import NotFoundError, RefusedError, SsmdError, UsageError
 

@@ -13,7 +13,8 @@ import pyarrow.csv
 import pyarrow.ipc
 import pyarrow.parquet as pq
 
-from ssmd_dagster.archive.reader import Selection, with_decimals
+from ssmd_dagster.archive.selection import Selection
+from ssmd_dagster.archive.units import with_decimals
 from ssmd_dagster.errors import ConfigurationError, RefusedError, UsageError
 
 _ROWS_A_GROUP = 128 * 1024

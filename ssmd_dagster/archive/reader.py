@@ -1,29 +1,25 @@
 """Loading the tables of recorded days, with their holes in view.
 
 One function, `load`, for Arrow, Polars, pandas and DuckDB; it needs the files alone, be they in a folder or on S3. Not here:
-finding the files (`recorded`), folding order books (`books`).
+finding the files (`recorded`), reading their rows (`selection`, `engines`), folding order books (`books`).
 """
 
 from __future__ import annotations
 
-import importlib
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from datetime import date as Date  # noqa: N812 - `date` is the contract's word for the written form
 from datetime import timedelta
-from decimal import Decimal
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset as ds
-from pyarrow import fs
 
+from ssmd_dagster.archive.engines import ENGINES, Engine, library_of
 from ssmd_dagster.archive.recorded import (
-    BrokenFileError,
     Dates,
     DayNotFoundError,
     DayNotReadyError,
@@ -33,27 +29,19 @@ from ssmd_dagster.archive.recorded import (
     bounds_of,
     dates_of,
     find,
-    store_error,
 )
-from ssmd_dagster.archive.tables import CONTRACTS, DOLLARS, SCHEMA_VERSION, SCHEMAS, TABLE_OF_CHANNEL
+from ssmd_dagster.archive.selection import Selection, strings
+from ssmd_dagster.archive.tables import SCHEMAS, TABLE_OF_CHANNEL
 from ssmd_dagster.day.causes import NEVER_DEGRADE
-from ssmd_dagster.environments.home import project_dir
-from ssmd_dagster.errors import ConfigurationError, NotFoundError, RefusedError, SsmdError, UsageError
+from ssmd_dagster.errors import NotFoundError, RefusedError, SsmdError, UsageError
 
-Engine = Literal["arrow", "polars", "pandas", "duckdb"]
 OnGap = Literal["raise", "warn", "ignore"]
-
-PLACES = {DOLLARS: 6, CONTRACTS: 2}
-"""Units that are scaled integers, with the decimal places that their numbers have."""
 
 _CHANNEL_OF_TABLE = {table: channel for channel, table in TABLE_OF_CHANNEL.items()}
 _WITHOUT_TIME = frozenset({"coverage", "security_master"})
 _MAY_BE_ABSENT = frozenset({"late"})
 _COVERAGE = "coverage"
 _GAPS_TOLD = 10
-_FEW = 8
-_FROM_STORE = "AWS Error"
-_DIGITS = 18
 
 
 class GapError(RefusedError):
@@ -64,119 +52,12 @@ class GapError(RefusedError):
         self.gaps = tuple(gaps)
 
 
-class FutureVersionError(SsmdError):
-    """A table was written by a newer version, whose columns may mean something else."""
-
-
 class GapWarning(UserWarning):
     """Rows of the asked interval are missing, or a day is not verified."""
 
 
 class NoRowsWarning(UserWarning):
     """A ticker has no row; the text says whether the exchange listed it."""
-
-
-class Selection(NamedTuple):
-    """The files of one table that an answer comes from, and which of their rows are wanted."""
-
-    recorded: Recorded
-    table: str
-    files: tuple[TableFile, ...]
-    tickers: tuple[str, ...] | None = None
-    from_ns: int | None = None
-    to_ns: int | None = None
-
-    @property
-    def paths(self) -> list[str]:
-        """Return the files' paths."""
-        return [file.path for file in self.files]
-
-    def dataset(self) -> ds.FileSystemDataset:
-        """Return all rows of the files as a lazy dataset; it reads their footers.
-
-        Raises:
-            BrokenFileError: A footer cannot be read, or it lacks what every table states.
-            FutureVersionError: A table is of a later version than this one knows.
-        """
-        filesystem = self.recorded.filesystem
-        parquet = _parquet()
-        fragments = [_opened(parquet, filesystem, file) for file in self.files]
-        schema = SCHEMAS[self.table].with_metadata(
-            {
-                "ssmd.env": self.recorded.name,
-                "ssmd.table": self.table,
-                "ssmd.files": ",".join(f"{file.date}/r{file.revision}" for file in self.files),
-            }
-        )
-        return ds.FileSystemDataset(fragments, schema, parquet, filesystem)
-
-    def stated(self) -> dict[str, str]:
-        """Return what the first file says of itself: `ssmd.date`, `ssmd.open_ns`, …; raises what `dataset` raises."""
-        metadata = next(self.dataset().get_fragments()).physical_schema.metadata
-        return {key.decode(): value.decode() for key, value in metadata.items() if key.startswith(b"ssmd.")}
-
-    def condition(self) -> pc.Expression | None:
-        """Return the expression of the wanted rows, None for all; equality lets Parquet's statistics skip row groups."""
-        terms = [] if self.tickers is None else [pc.field("ticker").isin(_strings(self.tickers))]
-        if self.tickers is not None and len(self.tickers) == 1:
-            terms = [pc.field("ticker") == self.tickers[0]]
-        if self.from_ns is not None:
-            terms.append(pc.field("event_ns") >= self.from_ns)
-        if self.to_ns is not None:
-            terms.append(pc.field("event_ns") < self.to_ns)
-        expression = None
-        for term in terms:
-            expression = term if expression is None else expression & term
-        return expression
-
-    def read(self, columns: Sequence[str] | None = None) -> pa.Table:
-        """Read the wanted rows into memory.
-
-        Raises:
-            BrokenFileError: A file is damaged; names it. And what `dataset` raises.
-        """
-        dataset = self.dataset()
-        try:
-            rows = dataset.to_table(columns=None if columns is None else list(columns), filter=self.condition())
-        except (pa.ArrowException, OSError) as error:
-            raise self._broken(dataset, error) from error
-        return rows.unify_dictionaries()
-
-    def row_count(self) -> int:
-        """Return the number of wanted rows; without conditions the files' footers tell."""
-        dataset = self.dataset()
-        try:
-            rows: int = dataset.count_rows(filter=self.condition())
-        except (pa.ArrowException, OSError) as error:
-            raise self._broken(dataset, error) from error
-        return rows
-
-    def absent_tickers(self) -> list[str]:
-        """Return those of the wanted tickers that have no row; of a few, one row each is looked for, which reads little."""
-        tickers = self.tickers or ()
-        dataset = self.dataset()
-        try:
-            if len(tickers) <= _FEW:
-                found = {ticker for ticker in tickers if self._replace(tickers=(ticker,))._any(dataset)}
-            else:
-                found = set(
-                    pc.unique(dataset.to_table(columns=["ticker"], filter=self.condition())["ticker"]).to_pylist()
-                )
-        except (pa.ArrowException, OSError) as error:
-            raise self._broken(dataset, error) from error
-        return [ticker for ticker in tickers if ticker not in found]
-
-    def _any(self, dataset: ds.FileSystemDataset) -> bool:
-        return bool(dataset.head(1, columns=[], filter=self.condition()).num_rows)
-
-    def _broken(self, dataset: ds.FileSystemDataset, error: Exception) -> SsmdError:
-        """Find the file that cannot be read."""
-        for fragment in dataset.get_fragments():
-            try:
-                fragment.to_table(schema=dataset.schema, filter=self.condition())
-            except (pa.ArrowException, OSError) as cause:
-                return _broken(fragment.path, cause)
-        return _broken(", ".join(self.paths), error)
 
 
 def load(
@@ -228,15 +109,15 @@ def load(
         GapWarning: With `on_gap="warn"`.
         NoRowsWarning: A ticker has no row in the interval.
     """
-    if engine not in _ENGINES:
-        raise UsageError(f"no such engine: {engine}", do=f"One of {', '.join(_ENGINES)}")
+    if engine not in ENGINES:
+        raise UsageError(f"no such engine: {engine}", do=f"One of {', '.join(ENGINES)}")
     if on_gap not in get_args(OnGap):
         raise UsageError(f"no such on_gap: {on_gap}", do=f"One of {', '.join(get_args(OnGap))}")
     columns = [columns] if isinstance(columns, str) else columns
     names = SCHEMAS[table].names if table in SCHEMAS else []
     if unknown := [name for name in columns or () if names and name not in names]:
         raise UsageError(f"the table {table} has no column {', '.join(unknown)}", do=f"It has {', '.join(names)}")
-    package = importlib.import_module("pyarrow") if engine == "arrow" else _package(engine)
+    library = library_of(engine)
     selection = select(
         find(env_or_path),
         date,
@@ -249,7 +130,7 @@ def load(
     )
     if on_gap != "ignore":
         warn_of_absent_tickers(selection)
-    return _ENGINES[engine](package, selection, columns, decimals)
+    return ENGINES[engine](library, selection, columns, decimals)
 
 
 def select(
@@ -316,9 +197,9 @@ def coverage_of(
     tickers: str | Iterable[str] | None = None,
 ) -> pa.Table:
     """Return the rows of the given files of `coverage`; see `coverage`."""
-    condition = None if tickers is None else pc.field("market").is_null() | pc.field("market").isin(_strings(tickers))
+    condition = None if tickers is None else pc.field("market").is_null() | pc.field("market").isin(strings(tickers))
     if channels is not None:
-        named = _strings(channels)
+        named = strings(channels)
         if unknown := sorted(set(named.to_pylist()) - set(TABLE_OF_CHANNEL)):
             raise UsageError(f"no such channel: {', '.join(unknown)}", do=f"One of {', '.join(TABLE_OF_CHANNEL)}")
         chosen = pc.field("channel").cast(pa.string()).isin(named)
@@ -329,32 +210,6 @@ def coverage_of(
         rows = rows if condition is None else rows.filter(condition)
         parts.append(rows.add_column(0, "date", pa.array([file.date] * len(rows), pa.string())))
     return pa.concat_tables([part.replace_schema_metadata() for part in parts]).unify_dictionaries()
-
-
-def dollars(values: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
-    """Return micro-dollars as exact decimals in dollars, `decimal128(18, 6)`."""
-    return _scaled(values, PLACES[DOLLARS])
-
-
-def contracts(values: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
-    """Return hundredths as exact decimals in contracts, `decimal128(18, 2)`."""
-    return _scaled(values, PLACES[CONTRACTS])
-
-
-def with_decimals(rows: pa.Table) -> pa.Table:
-    """Return the table with every scaled integer as an exact decimal in its whole unit; metadata says so."""
-    for index, field in enumerate(rows.schema):
-        places = places_of(field)
-        if places is not None:
-            metadata = {**field.metadata, b"unit": field.metadata[b"unit"].partition(b" ")[2]}
-            column = _scaled(rows.column(index), places)
-            rows = rows.set_column(index, pa.field(field.name, column.type, field.nullable, metadata), column)
-    return rows
-
-
-def places_of(field: pa.Field) -> int | None:
-    """Return the decimal places of a column of scaled integers, None for any other."""
-    return PLACES.get((field.metadata or {}).get(b"unit", b"").decode())
 
 
 def known_hole(row: dict[str, Any], from_ns: int | None, to_ns: int | None) -> bool:
@@ -489,150 +344,3 @@ def listed_of(selection: Selection, tickers: Sequence[str]) -> set[str] | None:
         return None
     masters = Selection(recorded, "security_master", tuple(files), tuple(tickers)).read(["ticker"])
     return set(masters["ticker"].to_pylist())
-
-
-def _opened(parquet: ds.ParquetFileFormat, filesystem: fs.FileSystem, file: TableFile) -> ds.ParquetFileFragment:
-    fragment = parquet.make_fragment(file.path, filesystem)
-    try:
-        metadata = fragment.physical_schema.metadata or {}
-        version = int(metadata[b"ssmd.schema_version"])
-    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
-        raise _broken(file.path, error) from error
-    if version > SCHEMA_VERSION:
-        raise FutureVersionError(
-            f"the table is of version {version}, this installation knows versions up to {SCHEMA_VERSION}",
-            where=file.path,
-            do="Install a newer ssmd-dagster",
-        )
-    return fragment
-
-
-def _parquet() -> ds.ParquetFileFormat:
-    options = ds.ParquetFragmentScanOptions(pre_buffer=True, page_checksum_verification=True)
-    return ds.ParquetFileFormat(default_fragment_scan_options=options)
-
-
-def _broken(path: str, error: Exception) -> SsmdError:
-    """Make the error of a file that cannot be read: it is damaged, unless the store says something of itself."""
-    if isinstance(error, OSError) and (_FROM_STORE in str(error) or isinstance(error, FileNotFoundError)):
-        return store_error(error, path)
-    text = str(error).partition("\n")[0]
-    what = f"no {text}" if isinstance(error, KeyError) else text
-    return BrokenFileError(
-        f"the table cannot be read: {what}",
-        where=path,
-        do="The raw files hold its rows: `ssmd day normalize` makes the table again, as the next revision",
-    )
-
-
-def _scaled(values: pa.Array | pa.ChunkedArray, places: int) -> pa.Array | pa.ChunkedArray:
-    """Give 64-bit integers a decimal point by widening them to 128 bits: no arithmetic, so nothing is rounded."""
-    kind = pa.decimal128(_DIGITS, places)
-    if isinstance(values, pa.ChunkedArray):
-        return pa.chunked_array([_scaled(chunk, places) for chunk in values.chunks], kind)
-    low = values.fill_null(0).to_numpy()
-    if len(low) and max(int(low.max()), -int(low.min())) >= 10**_DIGITS:
-        raise SsmdError(f"a number of more than {_DIGITS} digits", do="Use the integers")
-    wide = np.stack([low, low >> 63], axis=1)
-    valid = None
-    if values.null_count:
-        valid = pa.py_buffer(np.packbits(values.is_valid().to_numpy(zero_copy_only=False), bitorder="little"))
-    return pa.Array.from_buffers(kind, len(values), [valid, pa.py_buffer(np.ascontiguousarray(wide))])
-
-
-def _package(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ConfigurationError(
-            f"the engine {name} needs the package {name}, which is not installed",
-            do=f"Run: pip install {name} (or, from the project's folder, pip install -e '.[research]')"
-            if (project_dir() / "pyproject.toml").exists()
-            else f"Run: pip install {name} (or ssmd-dagster[research])",
-        ) from error
-
-
-def _to_arrow(_package: Any, selection: Selection, columns: Sequence[str] | None, decimals: bool) -> pa.Table:
-    rows = selection.read(columns)
-    return with_decimals(rows) if decimals else rows
-
-
-def _to_pandas(pandas: Any, selection: Selection, columns: Sequence[str] | None, decimals: bool) -> Any:
-    rows = _to_arrow(None, selection, columns, decimals)
-    return rows.to_pandas(types_mapper=pandas.ArrowDtype)
-
-
-def _to_polars(polars: Any, selection: Selection, columns: Sequence[str] | None, decimals: bool) -> Any:
-    dataset, column = selection.dataset(), polars.col
-    if not selection.files:
-        frame = polars.from_arrow(dataset.schema.empty_table()).lazy()
-    elif _is_local(selection):
-        frame = polars.scan_parquet(selection.paths, missing_columns="insert", extra_columns="ignore")
-    else:
-        frame = polars.scan_pyarrow_dataset(dataset)
-    if selection.tickers is not None:
-        frame = frame.filter(
-            polars.any_horizontal(polars.lit(False), *(column("ticker") == t for t in selection.tickers))
-        )
-    if selection.from_ns is not None:
-        frame = frame.filter(column("event_ns") >= selection.from_ns)
-    if selection.to_ns is not None:
-        frame = frame.filter(column("event_ns") < selection.to_ns)
-    frame = frame.select(columns if columns is not None else SCHEMAS[selection.table].names)
-    if decimals:
-        frame = frame.with_columns(
-            (column(name).cast(polars.Decimal(_DIGITS, 0)) * _smallest(places)).cast(polars.Decimal(_DIGITS, places))
-            for name, places in _scaled_columns(selection.table, columns)
-        )
-    return frame
-
-
-def _to_duckdb(duckdb: Any, selection: Selection, columns: Sequence[str] | None, decimals: bool) -> Any:
-    dataset = selection.dataset()
-    if selection.files and _is_local(selection):
-        relation = duckdb.read_parquet(selection.paths, union_by_name=True)
-    else:
-        relation = duckdb.from_arrow(dataset)
-    terms = []
-    if selection.tickers is not None:
-        quoted = ["'" + ticker.replace("'", "''") + "'" for ticker in selection.tickers]
-        terms.append(f"ticker IN ({', '.join(quoted)})" if quoted else "false")
-    if selection.from_ns is not None:
-        terms.append(f"event_ns >= {selection.from_ns}")
-    if selection.to_ns is not None:
-        terms.append(f"event_ns < {selection.to_ns}")
-    if terms:
-        relation = relation.filter(" AND ".join(terms))
-    shown = {name: f'"{name}"' for name in (columns if columns is not None else SCHEMAS[selection.table].names)}
-    for name, places in _scaled_columns(selection.table, columns) if decimals else ():
-        kind = f"DECIMAL({_DIGITS}, {places})"
-        shown[name] = f'CAST(CAST("{name}" AS DECIMAL({_DIGITS}, 0)) * {_smallest(places):f} AS {kind}) AS "{name}"'
-    return relation.project(", ".join(shown.values()))
-
-
-def _smallest(places: int) -> Decimal:
-    return Decimal(1).scaleb(-places)
-
-
-def _strings(values: str | Iterable[str]) -> pa.Array:
-    return pa.array([values] if isinstance(values, str) else list(values), pa.string())
-
-
-def _is_local(selection: Selection) -> bool:
-    return isinstance(selection.recorded.filesystem, fs.LocalFileSystem)
-
-
-def _scaled_columns(table: str, columns: Sequence[str] | None) -> list[tuple[str, int]]:
-    return [
-        (field.name, places)
-        for field in SCHEMAS[table]
-        if (places := places_of(field)) is not None and (columns is None or field.name in columns)
-    ]
-
-
-_ENGINES: dict[str, Callable[[Any, Selection, Sequence[str] | None, bool], Any]] = {
-    "arrow": _to_arrow,
-    "polars": _to_polars,
-    "pandas": _to_pandas,
-    "duckdb": _to_duckdb,
-}

@@ -19,8 +19,8 @@ import pyarrow.parquet as pq
 from ssmd_dagster.archive.drift import Drift
 from ssmd_dagster.archive.figures import QUANTILES, Claims, Figures, Latency, figures
 from ssmd_dagster.archive.pictures import Bar, Lane, Range, Stretch, bars, lanes, ranges, strip
-from ssmd_dagster.archive.reader import Selection
 from ssmd_dagster.archive.recorded import DayNotReadyError, Findings, Recorded, Sealed
+from ssmd_dagster.archive.selection import Selection
 from ssmd_dagster.archive.tables import SCHEMAS, TABLE_OF_CHANNEL
 from ssmd_dagster.day.causes import NEVER_DEGRADE
 from ssmd_dagster.day.events import Gap

@@ -19,14 +19,13 @@ import numpy as np
 from ssmd_dagster.archive.books import MICROS, Book, Level, book_at
 from ssmd_dagster.archive.export import export
 from ssmd_dagster.archive.reader import (
-    FutureVersionError,
     GapWarning,
-    Selection,
     coverage_of,
     select,
     warn_of_absent_tickers,
 )
 from ssmd_dagster.archive.recorded import BrokenFileError, Recorded, TableFile, find
+from ssmd_dagster.archive.selection import FutureVersionError, Selection
 from ssmd_dagster.archive.tables import SCHEMAS
 from ssmd_dagster.cli.desk import env_argument, json_option
 from ssmd_dagster.cli.output import message, print_json, thousands

@@ -21,17 +21,16 @@ from pyarrow import fs
 import ssmd_dagster
 from ssmd_dagster.archive import reader
 from ssmd_dagster.archive.reader import (
-    FutureVersionError,
     GapError,
     GapWarning,
     NoRowsWarning,
-    contracts,
     coverage,
-    dollars,
     load,
 )
 from ssmd_dagster.archive.recorded import BrokenFileError, DayNotFoundError, DayNotReadyError, find, store_error
+from ssmd_dagster.archive.selection import FutureVersionError
 from ssmd_dagster.archive.tables import SCHEMAS, table_from_rows
+from ssmd_dagster.archive.units import contracts, dollars
 from ssmd_dagster.errors import ConfigurationError, NotFoundError, SsmdError, UnreachableError, UsageError
 from ssmd_dagster_tests.archive.recorded_days import DATE, ENV, FEED, OPEN_NS, SECOND, Shelf, hole, trade, window_of
 from ssmd_dagster_tests.environments.folders import changed, copied
