@@ -18,7 +18,8 @@ from typing import Any
 import psutil
 from msgspec.structs import replace
 
-from ssmd_dagster.day.events import EMPTY_BOOK, Book, TradingDay, fold, fold_day, new_event
+from ssmd_dagster.day.events import EMPTY_BOOK, Book, TradingDay
+from ssmd_dagster.day.folding import fold, fold_day, new_event
 from ssmd_dagster.day.payloads import ChannelCount, Checkpoint, Completed, EndRequested, Started, StartRequested, Step
 from ssmd_dagster.day.states import EventName
 from ssmd_dagster.stores.folded import pack, unpack

@@ -26,7 +26,7 @@ from ssmd_dagster.day.maintenance import described
 from ssmd_dagster.day.payloads import DriftFound
 from ssmd_dagster.day.reconcile import after_failure
 from ssmd_dagster.day.retention import nearly_full_words
-from ssmd_dagster.day.states import DayState
+from ssmd_dagster.day.states import RECORDING, DayState
 from ssmd_dagster.workflows.desk import Progress
 from ssmd_dagster.workflows.end import END
 from ssmd_dagster.workflows.start import START
@@ -215,11 +215,10 @@ def print_status(env: str, view: DayView, paused: Paused | None) -> None:
 
 def _print_unended(env: str, view: DayView) -> None:
     """Print that the day is over and records on, or that an earlier one is not ended; in a roll both are so for a while."""
-    running = (DayState.ACTIVE, DayState.ERROR)
     if view.behind is not None:
-        ending = f" still; ssmd day roll {env} ends it" if view.behind.state in running else ""
+        ending = f" still; ssmd day roll {env} ends it" if view.behind.state in RECORDING else ""
         click.echo(f"Behind: {view.behind.date} is {view.behind.state}{ending}")
-    elif view.over and view.state in running and view.day.mode == "live":
+    elif view.over and view.state in RECORDING and view.day.mode == "live":
         verb = "roll" if load_setting(env).env.schedule.auto_roll else "end"
         click.echo(f"Over: its window has closed, and it records on; ssmd day {verb} {env}")
 

@@ -19,7 +19,7 @@ import msgspec
 from ssmd_dagster.day.calendar import TradingCalendar, Window
 from ssmd_dagster.day.events import Book, Paused, TradingDay
 from ssmd_dagster.day.maintenance import window_at
-from ssmd_dagster.day.states import DayState
+from ssmd_dagster.day.states import RECORDING, DayState
 
 Verb = Literal["start", "end", "roll", "recover", "replay"]
 
@@ -187,7 +187,7 @@ def covered_by(book: Book, calendar: TradingCalendar, date: Date, facts: Facts) 
         began = day.open_ns if day.open_ns is not None else calendar.open_ns(Date.fromisoformat(day.date))
         if began > opens:
             continue
-        runs_on = day.state in (_S.ACTIVE, _S.ERROR) and day.date in facts.recording
+        runs_on = day.state in RECORDING and day.date in facts.recording
         if runs_on or (day.close_ns is not None and day.close_ns >= closes):
             return day.date
     return None
@@ -241,7 +241,7 @@ class _Planning:
         running = [
             day.date
             for day in self._book.days.values()
-            if day.state in (_S.ACTIVE, _S.ERROR)
+            if day.state in RECORDING
             and day.mode == "live"
             and day.date in self._facts.recording
             and self._over(Date.fromisoformat(day.date))

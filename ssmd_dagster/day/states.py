@@ -89,6 +89,9 @@ TRANSITIONS: dict[tuple[DayState | None, EventName], Transition] = {
     ),
 }
 
+RECORDING = frozenset({_S.ACTIVE, _S.ERROR})
+"""States in which a live day is recorded, with or without an error."""
+
 OPENS_EPOCH = frozenset({_E.START_REQUESTED, _E.RECOVERED, _E.END_REQUESTED})
 """Events that may open an epoch: those of them that carry `epoch: null` do, and their own sequence is the epoch.
 

@@ -14,7 +14,8 @@ from typing import Any
 from ulid import ULID
 
 from ssmd_dagster.clock import Clock
-from ssmd_dagster.day.events import EMPTY_BOOK, Book, TradingDay, fold, new_event
+from ssmd_dagster.day.events import EMPTY_BOOK, Book, TradingDay
+from ssmd_dagster.day.folding import fold, new_event
 from ssmd_dagster.day.payloads import Payload
 from ssmd_dagster.day.states import ENVIRONMENT_EVENTS, OPENS_EPOCH, EventName
 from ssmd_dagster.errors import SsmdError, UnreachableError

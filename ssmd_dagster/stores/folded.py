@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 import zstandard
 
-from ssmd_dagster.day import events, payloads, states
+from ssmd_dagster.day import events, folding, payloads, states
 from ssmd_dagster.day.events import Book
 
 _LEVEL = 1
@@ -30,7 +30,7 @@ class Folded(msgspec.Struct, frozen=True, kw_only=True):
 @functools.cache
 def folding_rules() -> str:
     """Return the SHA-256 (hex) of the code that folds: after a change of it nothing folded before is of use."""
-    sources = (module.__file__ for module in (events, payloads, states))
+    sources = (module.__file__ for module in (events, folding, payloads, states))
     return sha256(b"".join(Path(source).read_bytes() for source in sources if source is not None)).hexdigest()
 
 

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 from ssmd_dagster.archive.readback import Readback
 from ssmd_dagster.crash_points import reached
-from ssmd_dagster.day.events import StaleEpochError, TradingDay
+from ssmd_dagster.day.events import TradingDay
+from ssmd_dagster.day.folding import StaleEpochError
 from ssmd_dagster.day.ledger import Ledger
 from ssmd_dagster.day.payloads import Failed, GaveUp, Payload
 from ssmd_dagster.day.payloads import Step as StepData

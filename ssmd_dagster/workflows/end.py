@@ -17,7 +17,7 @@ from ssmd_dagster.capture.programs import audit_program, connector_names, day_gr
 from ssmd_dagster.day.condition import condition, gaps_within
 from ssmd_dagster.day.events import TradingDay
 from ssmd_dagster.day.payloads import Completed, EndRequested
-from ssmd_dagster.day.states import DayState, EventName
+from ssmd_dagster.day.states import RECORDING, DayState, EventName
 from ssmd_dagster.errors import ExitCode, RefusedError, SsmdError, UnreachableError
 from ssmd_dagster.exchange import SESSION
 from ssmd_dagster.workflows.attempt import SKIPPED, Attempt, Step, Verb
@@ -108,7 +108,7 @@ async def take(attempt: Attempt) -> TradingDay:
     """
     desk, date = attempt.desk, attempt.date
     day = await desk.book.day(date)
-    running = day is not None and day.state in (DayState.ACTIVE, DayState.ERROR)
+    running = day is not None and day.state in RECORDING
     closes_ns = None
     successor = desk.book.book.successor(date)
     if day is not None and day.mode == "live" and successor is not None:

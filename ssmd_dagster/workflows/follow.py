@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ssmd_dagster.day.events import DayEvent, TradingDay, fold, fold_day
+from ssmd_dagster.day.events import DayEvent, TradingDay
+from ssmd_dagster.day.folding import fold, fold_day
 from ssmd_dagster.day.states import ENVIRONMENT_EVENTS
 from ssmd_dagster.workflows.desk import Desk
 

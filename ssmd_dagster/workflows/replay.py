@@ -17,7 +17,7 @@ from ssmd_dagster.capture.programs import ARCHIVER, REPLAYER, day_group, replay_
 from ssmd_dagster.day.causes import GapCause
 from ssmd_dagster.day.events import TradingDay
 from ssmd_dagster.day.payloads import Completed, GapClosed, GapOpened, Started
-from ssmd_dagster.day.states import DayState, EventName
+from ssmd_dagster.day.states import RECORDING, DayState, EventName
 from ssmd_dagster.errors import (
     ConfigurationError,
     ExitCode,
@@ -51,7 +51,7 @@ def check_replay(desk: Desk, date: str, day: TradingDay | None) -> bool:
     Raises `RefusedError` where it is not over yet, is being recorded, or the environment records no trades.
     """
     calendar, now_ns, parsed = desk.calendar, desk.setting.clock(), Date.fromisoformat(date)
-    if day is not None and day.state in (DayState.ACTIVE, DayState.ERROR) and day.mode == "live":
+    if day is not None and day.state in RECORDING and day.mode == "live":
         raise RefusedError(
             f"trading day {date} is {day.state}: it is recorded, not replayed",
             where=desk.env,

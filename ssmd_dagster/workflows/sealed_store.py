@@ -15,7 +15,8 @@ from ssmd_dagster.archive.proofs import BookFindings
 from ssmd_dagster.archive.readback import Readback
 from ssmd_dagster.archive.trade_ids import TradeIds
 from ssmd_dagster.day.calendar import Window
-from ssmd_dagster.day.events import BadEventError, DayEvent, JournalBrokenError, TradingDay, fold
+from ssmd_dagster.day.events import BadEventError, DayEvent, JournalBrokenError, TradingDay
+from ssmd_dagster.day.folding import fold
 from ssmd_dagster.day.payloads import Sealed
 from ssmd_dagster.day.seal import Manifest, root_hash, sha256_hex
 from ssmd_dagster.environments.models import Environment

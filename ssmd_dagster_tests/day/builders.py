@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ssmd_dagster.day.events import EMPTY_BOOK, Book, DayEvent, TradingDay, fold, new_event
+from ssmd_dagster.day.events import EMPTY_BOOK, Book, DayEvent, TradingDay
+from ssmd_dagster.day.folding import fold, new_event
 from ssmd_dagster.day.states import OPENS_EPOCH, EventName
 
 ENV = "kalshi-test"

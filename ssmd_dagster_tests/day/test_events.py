@@ -9,19 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ssmd_dagster.day.events import (
-    EMPTY_BOOK,
-    BadEventError,
-    DayEvent,
-    JournalBrokenError,
-    StaleEpochError,
-    check_epoch,
-    check_event,
-    fold,
-    fold_day,
-    new_event,
-    owns,
-)
+from ssmd_dagster.day.events import EMPTY_BOOK, BadEventError, DayEvent, JournalBrokenError
+from ssmd_dagster.day.folding import StaleEpochError, check_epoch, check_event, fold, fold_day, new_event, owns
 from ssmd_dagster.day.payloads import SHAPES
 from ssmd_dagster.day.states import (
     ENVIRONMENT_EVENTS,

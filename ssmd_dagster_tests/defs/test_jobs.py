@@ -11,7 +11,7 @@ import dagster as dg
 import pytest
 
 from ssmd_dagster.capture.archiver import COMPONENT as ARCHIVER
-from ssmd_dagster.day.events import StaleEpochError
+from ssmd_dagster.day.folding import StaleEpochError
 from ssmd_dagster.defs.build import build_definitions
 from ssmd_dagster.defs.resources import DaySession
 from ssmd_dagster.environments.home import segments_dir

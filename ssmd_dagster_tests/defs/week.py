@@ -24,7 +24,8 @@ from ssmd_dagster.archive.layout import day_prefix
 from ssmd_dagster.capture.setting import clock_path
 from ssmd_dagster.capture.supervisord import connect_supervisor
 from ssmd_dagster.clock import ShiftedClock
-from ssmd_dagster.day.events import Book, DayEvent, Gap, TradingDay, fold
+from ssmd_dagster.day.events import Book, DayEvent, Gap, TradingDay
+from ssmd_dagster.day.folding import fold
 from ssmd_dagster.day.states import DayState
 from ssmd_dagster.environments.home import spool_dir
 from ssmd_dagster.environments.loader import load_registry

@@ -12,7 +12,8 @@ from collections import Counter
 
 import yaml
 
-from ssmd_dagster.day.events import StaleEpochError, TradingDay
+from ssmd_dagster.day.events import TradingDay
+from ssmd_dagster.day.folding import StaleEpochError
 from ssmd_dagster.day.payloads import Completed, EndRequested, Started
 from ssmd_dagster.day.states import DayState, EventName
 from ssmd_dagster.errors import RefusedError

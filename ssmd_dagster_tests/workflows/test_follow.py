@@ -10,7 +10,8 @@ from unittest.mock import patch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ssmd_dagster.day.events import Book, fold
+from ssmd_dagster.day.events import Book
+from ssmd_dagster.day.folding import fold
 from ssmd_dagster.day.states import ENVIRONMENT_EVENTS
 from ssmd_dagster.workflows import follow
 from ssmd_dagster.workflows.desk import Desk
