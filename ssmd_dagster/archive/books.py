@@ -110,7 +110,8 @@ def book_at(
         revision: As for `load`.
 
     Raises:
-        BookUnknownError: The instant lies before the first snapshot or, unless allowed, in a hole.
+        BookUnknownError: The instant lies before the first snapshot or, unless allowed, in a hole; or a hole may have swallowed
+            all that there was of a listed market.
         BookBrokenError: The rows contradict each other; names the record.
         NotFoundError: No recorded day holds the instant, or the market has no book in it.
     """
@@ -120,7 +121,7 @@ def book_at(
     selection = _day_of(recorded, ticker, at_ns, allow_unknown, revision)
     rows = selection.read(_COLUMNS)
     if not len(rows):
-        rows = _rows(selection._replace(to_ns=None))  # later ones say from when on there is a book
+        rows = _rows(selection._replace(to_ns=None), at_ns)  # later ones say from when on there is a book
     return book_from(rows, ticker, at_ns, depth, holes=_holes(selection), allow_unknown=allow_unknown)
 
 
@@ -198,6 +199,7 @@ def depth_of_book(
 
     Raises:
         NotFoundError: The day is not recorded, or the market has no book in it.
+        BookUnknownError: A listed market has no row, and the day has holes.
     """
     if not 1 <= depth <= 100:
         raise UsageError(f"a depth of {depth} levels", do="Give 1 to 100")
@@ -433,14 +435,16 @@ class _Feed(NamedTuple):
         return self._replace(**{name: getattr(self, name)[order] for name in self._fields[2:]})
 
 
-def _rows(selection: Selection) -> pa.Table:
+def _rows(selection: Selection, at_ns: int | None = None) -> pa.Table:
+    """Read the rows of a market; where there are none, say why, as far as holes up to an instant explain it."""
     rows = selection.read(_COLUMNS)
     if len(rows):
         return rows
     assert selection.tickers is not None
     (ticker,) = selection.tickers
     date = f" on {selection.files[0].date}" if selection.files else ""
-    if (holes := _holes(selection)) and listed_of(selection, [ticker]) != set():
+    holes = [hole for hole in _holes(selection) if at_ns is None or hole["from_ns"] <= at_ns]
+    if holes and listed_of(selection, [ticker]) != set():
         raise BookUnknownError(
             f"the book of {ticker} is not known{date}: there is no row of it; {'; '.join(map(_hole, holes))}",
             where=selection.recorded.name,

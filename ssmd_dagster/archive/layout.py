@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import Literal
 from urllib.parse import quote
 
@@ -49,14 +49,17 @@ def parse_segment_key(key: str) -> tuple[str, int] | None:
     return CHANNEL_OF_FILE[match["file"]], int(match["number"])
 
 
-def segments_by_channel(keys: Iterable[str], edge: Edge | None = None) -> dict[str, list[str]]:
-    """Sort the keys of segments by channel and number, with `edge` only each channel's `EDGE_SEGMENTS` there; skips others."""
+def ordered_segments(
+    keys: Iterable[str], edge: Edge | None = None, channels: Container[str] | None = None
+) -> list[str]:
+    """Return the keys of segments by channel and number; with `edge` only each channel's `EDGE_SEGMENTS` there."""
     numbered: dict[str, list[tuple[int, str]]] = {}
     for key in keys:
-        if (parsed := parse_segment_key(key)) is not None:
+        parsed = parse_segment_key(key)
+        if parsed is not None and (channels is None or parsed[0] in channels):
             numbered.setdefault(parsed[0], []).append((parsed[1], key))
     chosen = {"first": slice(EDGE_SEGMENTS), "last": slice(-EDGE_SEGMENTS, None), None: slice(None)}[edge]
-    return {channel: [key for _, key in sorted(found)][chosen] for channel, found in sorted(numbered.items())}
+    return [key for _, found in sorted(numbered.items()) for _, key in sorted(found)[chosen]]
 
 
 def manifest_key(feed: str, date: str, revision: int = 1) -> str:

@@ -2,7 +2,7 @@
 
 An event's `data` is checked against its shape before it is appended and again when it is folded; keys that a shape does
 not know are kept in the journal and ignored. Times are nanoseconds since the epoch, UTC. What the day does with an
-event belongs to `events`.
+event belongs to `folding`.
 """
 
 from __future__ import annotations

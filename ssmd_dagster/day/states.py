@@ -1,7 +1,7 @@
 """The state table of a trading day: which event leads from which state to which, and who may append it.
 
 The table is the only place that knows the arrows; `docs/day-states.md` is generated from it (`scripts/day_states.py`).
-Guards that need more than the state (lease, window, "was ever ACTIVE") belong to `events` and to the workflows.
+Guards that need more than the state (lease, window, "was ever ACTIVE") belong to `folding` and to the workflows.
 """
 
 from __future__ import annotations

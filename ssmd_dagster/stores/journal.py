@@ -1,6 +1,6 @@
 """The day journal of an environment: a JetStream stream with compare-and-append and a chain of hashes.
 
-Not for what events mean or which may be appended: that is `day.events`. Every event is stored as the bytes of
+Not for what events mean or which may be appended: that is `day.folding`. Every event is stored as the bytes of
 `DayEvent.encode`, and holds the SHA-256 of the bytes before it.
 """
 

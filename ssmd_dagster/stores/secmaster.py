@@ -36,8 +36,9 @@ _PUBLISH_TIMEOUT_S = 10.0
 _READ_TIMEOUT_S = 10.0
 _KEEP_S = 400 * 86_400
 """Changes are kept for 400 days; each day's tables hold the security master of that day for ever."""
-_WHOLE_EVERY_NS = 23 * 3_600 * 1_000_000_000
+_WHOLE_EVERY_NS = 7 * 86_400 * 1_000_000_000
 """So often a sync also tells the whole list: who asks for a day need not read the years before it, which age away."""
+_WHOLE_HEAD = b'{"event":"markets_listed",'
 _PART_BYTES = 512 * 1024
 _BEFORE_NS = 3_600 * 1_000_000_000
 """How long before a day the whole list must have been told: clocks are set, and other syncs under way."""
@@ -50,7 +51,7 @@ class MarketChange(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     """One message of `{env}.secmaster.changes`.
 
     `old` is missing for `market_added`. For `market_settled`, `new` is missing where the market left the list. `markets_listed`
-    tells a part of the whole list, once a day, and has `listed` alone.
+    tells a part of the whole list, once a week, and has `listed` alone.
     """
 
     event: _Event
@@ -111,7 +112,7 @@ class SecurityMaster:
 
     async def apply(self, markets: Iterable[Market], now_ns: int) -> SyncResult:
         """Make `markets` the list of open markets: publish what changed, then write the new rows to Redis, some at a time, and
-        all that makes them the list in one transaction.
+        all that makes them the list in one transaction. Once a week the whole list is told, too.
 
         A market that is not in the list any more, or is in it as settled, is settled. An interrupted sync is made again
         as a whole; its changes are recognised by NATS within two minutes, and published twice after that.
@@ -127,15 +128,17 @@ class SecurityMaster:
 
     async def apply_rows(self, rows: Mapping[str, bytes], now_ns: int) -> SyncResult:
         """Do the same with packed rows by ticker: fifty thousand markets take a fifth of their memory so."""
-        for _ in range(_ATTEMPTS):
-            result = await self._try_apply(rows, now_ns)
+        for attempt in range(_ATTEMPTS):
+            # Whoever came in between may have told the whole list without what this sync has written: then it is told again.
+            whole = attempt > 0 or not await self._told_lately(now_ns)
+            result = await self._try_apply(rows, now_ns, whole=whole)
             if result is not None:
                 return result
         raise RefusedError(
             "another sync of the security master runs", where=self._markets, do="Wait until it is done and try again"
         )
 
-    async def _try_apply(self, rows: Mapping[str, bytes], now_ns: int) -> SyncResult | None:
+    async def _try_apply(self, rows: Mapping[str, bytes], now_ns: int, *, whole: bool) -> SyncResult | None:
         with redis_errors(self._redis):
             async with self._redis.pipeline(transaction=True) as pipeline:
                 await pipeline.watch(self._last_sync)
@@ -143,12 +146,11 @@ class SecurityMaster:
                 there = cast("dict[bytes, bytes]", await self._redis.hgetall(self._markets))
                 old = {text(ticker): row for ticker, row in there.items()}
                 changes = list(_changes(old, rows))
-                due = not await pipeline.zcount(self._whole, (now_ns - _WHOLE_EVERY_NS) / 1e9, now_ns / 1e9)
                 await self._publish(changes, old, rows, now_ns, last_sync)
                 await self._put(rows, [change.ticker for change in changes if change.event != "market_settled"])
                 listed = {ticker: _listed(row) for ticker, row in rows.items()}
                 open_now = {ticker: market for ticker, market in listed.items() if market.status not in _SETTLED}
-                told = await self._publish_whole([rows[ticker] for ticker in open_now], now_ns) if due else None
+                told = await self._publish_whole([rows[ticker] for ticker in open_now], now_ns) if whole else None
                 stale = [key async for key in self._redis.scan_iter(match=f"{self._by_category}*", count=1000)]
                 pipeline.multi()  # type: ignore[no-untyped-call]  # redis-py forgot its return type
                 self._write(pipeline, changes, open_now, stale)
@@ -233,15 +235,15 @@ class SecurityMaster:
         await wait_connected(self._js, _PUBLISH_TIMEOUT_S, f"publishing to {self.subject}")
         seqs = []
         for part in _parts(rows):
-            data = b'{"event":"markets_listed","at_ns":%d,"listed":[%b]}' % (now_ns, b",".join(part))
+            data = b'%b"at_ns":%d,"listed":[%b]}' % (_WHOLE_HEAD, now_ns, b",".join(part))
             seqs.append(await (await self._publisher.publish(self.subject, data, {})))
         return _Told(seqs[0], seqs[-1], now_ns)
 
     async def known(self, open_ns: int, close_ns: int) -> list[Market]:
         """Return the markets that were listed at any time in `[open_ns, close_ns)`, as last known before its end.
 
-        Made of the stream of changes, from the last time on that the whole list was told before the interval, so that it is the
-        same whenever it is asked for. Sorted by ticker.
+        Made of the stream of changes, so that it is the same whenever it is asked for; read from the last time on that the whole
+        list was told before the interval, where Redis knows that place. Sorted by ticker.
         """
         with nats_errors(self._js, f"reading {self.stream}"):
             try:
@@ -253,9 +255,11 @@ class SecurityMaster:
         async with StreamReader(self._js, self.stream, [self.subject], start_seq=told.first_seq) as reader:
             async for messages in read_up_to(reader, last_seq, _READ_TIMEOUT_S):
                 for message in messages:
-                    change = _change(message.data)
-                    if change.at_ns >= close_ns or (change.listed and message.seq > told.last_seq):
+                    if message.seq > told.last_seq and message.data.startswith(_WHOLE_HEAD):
                         continue  # a whole list that is told later says nothing new
+                    change = _change(message.data)
+                    if change.at_ns >= close_ns:
+                        continue
                     known |= {market.ticker: market for market in change.listed}
                     if change.event == "market_settled" and change.at_ns < open_ns:
                         known.pop(change.ticker, None)
@@ -266,16 +270,24 @@ class SecurityMaster:
     async def _whole_before(self, at_ns: int) -> _Told | None:
         """Return where the stream last tells of the whole list before a time, None where nobody knows: then all is read."""
         try:
-            with redis_errors(self._redis):
-                places = await self._redis.zrange(
-                    self._whole, at_ns / 1e9, "-inf", desc=True, byscore=True, offset=0, num=_WHOLE_TRIED
-                )
+            return await self._told_between(0, at_ns)
         except UnreachableError:
             return None
-        for place in places:
-            told = _Told.read(text(place))
-            if await self._is_there(told):
-                return told
+
+    async def _told_lately(self, now_ns: int) -> bool:
+        return await self._told_between(now_ns - _WHOLE_EVERY_NS, now_ns) is not None
+
+    async def _told_between(self, from_ns: int, to_ns: int) -> _Told | None:
+        """Return the last place of the stream at which the whole list was told in an interval."""
+        with redis_errors(self._redis):
+            places = await self._redis.zrange(
+                self._whole, to_ns / 1e9, from_ns / 1e9, desc=True, byscore=True, offset=0, num=_WHOLE_TRIED
+            )
+        with nats_errors(self._js, f"reading {self.stream}"):
+            for place in places:
+                told = _Told.read(text(place))
+                if await self._is_there(told):
+                    return told
         return None
 
     async def _is_there(self, told: _Told) -> bool:

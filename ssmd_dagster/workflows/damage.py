@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterable
-from itertools import chain
+from collections.abc import AsyncIterator, Callable, Iterable
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from ssmd_dagster.archive.batch import Batch, BatchDamagedError, SegmentFooter, read_last
-from ssmd_dagster.archive.layout import Edge, parse_segment_key, segment_key, segments_by_channel
+from ssmd_dagster.archive.layout import ordered_segments, parse_segment_key, segment_key
 from ssmd_dagster.archive.losses import Loss
 from ssmd_dagster.archive.segment import Ranges, SegmentWriter, add_range, covered, in_ranges
 from ssmd_dagster.capture.archiver import read_footer, sha256_of
@@ -93,10 +92,18 @@ def _all_there(loss: Loss, copies: set[tuple[str, str, int]]) -> bool:
     return all((loss.conn, loss.channel, number) in copies for number in range(loss.first, last + 1))
 
 
-async def check_sealed(desk: Desk, day: TradingDay, edge: Edge | None = None) -> None:
-    """See that the raw objects, or those at one edge of the day, are those of its newest sealed revision, if it has one.
+async def check_sealed(
+    desk: Desk, day: TradingDay, wanted: str, holding: Callable[[Iterable[str]], list[str]] = ordered_segments
+) -> None:
+    """See that raw objects of a day are those of its newest sealed revision, if it has one, before tables are made of them.
 
     Raises `UnexplainedDifferenceError`, which names those that are missing or changed.
+
+    Args:
+        desk: The environment.
+        day: The day that the objects are of.
+        wanted: The day whose tables are to be made.
+        holding: Chooses of the keys of segments those that matter.
     """
     if day.sealed is None:
         return
@@ -104,7 +111,7 @@ async def check_sealed(desk: Desk, day: TradingDay, edge: Edge | None = None) ->
     manifest = await newest_manifest(desk, day.date, day.sealed)
     sealed = {entry.key: entry.sha256 for entry in manifest.segments}
     spoilt = []
-    for key in chain.from_iterable(segments_by_channel(sealed, edge).values()):
+    for key in holding(sealed):
         try:
             same = await sha256_of(raw, key) == sealed[key]
         except NotFoundError:
@@ -116,7 +123,7 @@ async def check_sealed(desk: Desk, day: TradingDay, edge: Edge | None = None) ->
             f"not what was sealed: {', '.join(spoilt)}; tables made of it would lack rows that are in those there",
             where=desk.where(day.date),
             do=f"`ssmd day verify {desk.env} {day.date}` names what is spoilt and what mends it; of what is gone for good "
-            "`ssmd day normalize … --despite-damage` makes a revision without it.",
+            f"`ssmd day normalize {desk.env} {wanted} --despite-damage` makes a revision without it.",
         )
 
 

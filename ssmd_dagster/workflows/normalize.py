@@ -14,7 +14,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +27,8 @@ from ssmd_dagster.archive.layout import (
     capnp_key,
     day_prefix,
     drift_key,
-    segments_by_channel,
+    ordered_segments,
+    parse_segment_key,
     table_key,
     table_prefix,
 )
@@ -54,6 +55,7 @@ from ssmd_dagster.workflows.desk import Desk
 from ssmd_dagster.workflows.late import judge_late_rows, late_of, tell_the_neighbours
 from ssmd_dagster.workflows.recorded_on import recorded_into
 from ssmd_dagster.workflows.sealing import seal_revision
+from ssmd_dagster.workflows.verify import read_back
 
 NORMALIZE_TIMEOUT_S = 6 * 3600.0
 _UPLOADS = 8
@@ -166,15 +168,16 @@ async def normalise_again(desk: Desk, date: str, *, told: Tell, despite_damage: 
             do=f"End it: `ssmd day end {desk.env} --date {date}`.",
         )
     if not despite_damage:
-        await check_sealed(desk, day)
+        await check_sealed(desk, day, date)
         for beside in _beside(desk, day):
-            await check_sealed(desk, beside.day, beside.edge)
+            await check_sealed(desk, beside.day, date, beside.holding)
     done = await normalise(desk, day, told=told)
     await tell_the_neighbours(desk, done.late_elsewhere)
     if (late := late_of(day, done.late)) is not None:
         day = await judge_late_rows(desk, day, late)
     if day.sealed is not None and (not done.already or done.revision > day.sealed.revision):
-        await seal_revision(desk, day, done.tables, drift=briefly(done.drift))
+        readback, _books, _ids = await read_back(desk, day, told)
+        await seal_revision(desk, day, readback, done.tables, drift=briefly(done.drift))
     return done
 
 
@@ -338,17 +341,15 @@ def _schema_file(desk: Desk) -> Path:
 
 
 async def _segments(
-    desk: Desk, date: str, folder: Path, edge: Edge | None = None, *, with_rows_only: bool = False
+    desk: Desk, date: str, folder: Path, holding: Callable[[Iterable[str]], list[str]] = ordered_segments
 ) -> tuple[RawSegment, ...]:
-    """Return a day's segments, or those at one edge of it, as local files."""
-    keys = [info.key for info in await desk.stores.raw.list(day_prefix(desk.setting.env.feed, date))]
+    """Return a day's segments, or those that `holding` chooses of their keys, as local files."""
     segments = []
-    for channel, found in segments_by_channel(keys, edge).items():
-        if with_rows_only and channel not in TABLE_OF_CHANNEL:
-            continue
-        for key in found:
-            path = await _fetched(desk.stores.raw, key, folder / "raw" / key.replace("/", "_"))
-            segments.append(RawSegment(channel=channel, path=str(path)))
+    for key in holding(info.key for info in await desk.stores.raw.list(day_prefix(desk.setting.env.feed, date))):
+        path = await _fetched(desk.stores.raw, key, folder / "raw" / key.replace("/", "_"))
+        parsed = parse_segment_key(key)
+        assert parsed is not None
+        segments.append(RawSegment(channel=parsed[0], path=str(path)))
     return tuple(segments)
 
 
@@ -359,6 +360,10 @@ class _Beside(NamedTuple):
     edge: Edge | None
     late_until_ns: int | None
     recorded_on: bool
+
+    def holding(self, keys: Iterable[str]) -> list[str]:
+        """Return the segments that may have rows of the other day; where this one recorded on, also how long it did."""
+        return ordered_segments(keys, self.edge, None if self.recorded_on else TABLE_OF_CHANNEL)
 
 
 def _beside(desk: Desk, day: TradingDay) -> list[_Beside]:
@@ -388,12 +393,12 @@ async def _neighbours(desk: Desk, day: TradingDay, folder: Path) -> tuple[Neighb
     found = []
     for beside in _beside(desk, day):
         date = beside.day.date
-        segments = await _segments(desk, date, folder, beside.edge, with_rows_only=True)
+        segments = await _segments(desk, date, folder, beside.holding)
         if not segments:
             try:
                 segments = _spooled(spool_dir(desk.setting.home, desk.env, date), folder / "raw")
             except FileNotFoundError:  # its day was sealed meanwhile, so its segments are in the store
-                segments = await _segments(desk, date, folder, beside.edge, with_rows_only=True)
+                segments = await _segments(desk, date, folder, beside.holding)
         window = desk.window(beside.day)
         found.append(
             Neighbour(

@@ -41,14 +41,16 @@ class Rolled(msgspec.Struct, frozen=True):
 async def dates_to_roll(desk: Desk, date: str | None = None) -> tuple[str, str]:
     """Return the day to end and the day to start; a roll that was cut off between the two is gone on with.
 
-    The day to end is `date`, or one that was left behind, or the current one.
+    The day to end is `date`, or one that was left behind, or the current one. One that never was ACTIVE is rolled from at its
+    boundary only: there is nothing to end, and the next day is recorded from its opening all the same.
 
     Raises `RefusedError` where there is no day to roll from.
     """
     book = await desk.book.refresh()
     left = book.left_behind
     ending = date or (book.current if left is None else left.date)
-    if ending is None or ending not in book.days or not book.days[ending].ever_active:
+    day = book.days.get(ending or "")
+    if ending is None or day is None or not (day.ever_active or _nearly_over(desk, ending)):
         raise RefusedError(
             "there is no trading day to roll from" if ending is None else f"trading day {ending} never was ACTIVE",
             where=desk.env,
@@ -59,6 +61,11 @@ async def dates_to_roll(desk: Desk, date: str | None = None) -> tuple[str, str]:
     ]
     following = (Date.fromisoformat(ending) + timedelta(days=1)).isoformat()
     return ending, min(later) if later else max(following, desk.today())
+
+
+def _nearly_over(desk: Desk, date: str) -> bool:
+    close_ns = desk.calendar.close_ns(Date.fromisoformat(date))
+    return desk.setting.clock() >= close_ns - WAITS_FOR_BOUNDARY_S * 1_000_000_000
 
 
 def starting_of(desk: Desk, ending: str, starting: str) -> Attempt:

@@ -1,6 +1,6 @@
 """What the store alone says of a sealed day: manifests, segments and tables held against one another.
 
-And, where it is known, against what the journal says was sealed. Not here: what follows from a fault (`verify_sealed`).
+Where it is known what the journal says was sealed, they are held against that, too. Not here: what follows (`verify_sealed`).
 """
 
 from __future__ import annotations

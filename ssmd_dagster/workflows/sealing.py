@@ -24,7 +24,7 @@ from ssmd_dagster.day.seal import (
     sha256_hex,
 )
 from ssmd_dagster.day.states import EventName
-from ssmd_dagster.errors import RefusedError, SsmdError
+from ssmd_dagster.errors import NotFoundError, RefusedError, SsmdError, UnexplainedDifferenceError
 from ssmd_dagster.stores.cache import rfc3339
 from ssmd_dagster.stores.objects import ObjectExistsError
 from ssmd_dagster.workflows.desk import Desk
@@ -91,13 +91,14 @@ async def _seal(
 async def seal_revision(
     desk: Desk,
     day: TradingDay,
+    readback: Readback,
     tables: Sequence[TableEntry],
     *,
     drift: DriftFound | None = None,
 ) -> TradingDay:
     """Seal the next revision of a COMPLETE day whose tables are new; what was sealed before stays as it is.
 
-    Its raw files are those of the revision before: one that was spoilt since is never sealed as it is now.
+    A raw file that was sealed before is sealed again as it was then: what was spoilt since is never sealed as it is now.
 
     Raises `RefusedError` where the day has no sealed revision to follow.
     """
@@ -107,13 +108,39 @@ async def seal_revision(
             where=desk.env,
             do=f"Verify it first: `ssmd day verify {desk.env} {day.date}`.",
         )
-    before = await newest_manifest(desk, day.date, day.sealed)
-    return await _seal(desk, day, before.segments, before.connections, tables, before.revision + 1, drift)
+    segments = {entry.key: entry for entry in segment_entries(readback)}
+    connections = {entry.conn: entry for entry in connection_entries(readback)}
+    try:
+        before = await newest_manifest(desk, day.date, day.sealed)
+    except UnexplainedDifferenceError:  # the operator knows, and has asked for a revision of what is left
+        pass
+    else:
+        segments |= {entry.key: entry for entry in before.segments}
+        connections |= {entry.conn: entry for entry in before.connections}
+    files = tuple(segments[key] for key in sorted(segments)), tuple(connections[conn] for conn in sorted(connections))
+    return await _seal(desk, day, *files, tables, day.sealed.revision + 1, drift)
 
 
 async def newest_manifest(desk: Desk, date: str, sealed: Sealed) -> Manifest:
-    """Read the manifest that the journal's last seal of a day names. Raises `NotFoundError` where it is gone."""
-    return Manifest.decode(await desk.stores.raw.get(manifest_key(desk.setting.env.feed, date, sealed.revision)))
+    """Read the manifest that the journal's last seal of a day names.
+
+    Raises `UnexplainedDifferenceError` where it is gone, or is not the one that was sealed.
+    """
+    raw = desk.stores.raw
+    key = manifest_key(desk.setting.env.feed, date, sealed.revision)
+    try:
+        content = await raw.get(key)
+        if sha256_hex(content) == sealed.manifest_sha256:
+            return Manifest.decode(content)
+        what = "is not the manifest that was sealed"
+    except NotFoundError:
+        what = "was sealed and is not there"
+    raise UnexplainedDifferenceError(
+        f"{key}: {what}",
+        where=raw.url(key),
+        do="Put it back from a copy or from the store's own versions, then verify the day: "
+        f"`ssmd day verify {desk.env} {date}`.",
+    )
 
 
 def segment_entries(readback: Readback) -> tuple[SegmentEntry, ...]:

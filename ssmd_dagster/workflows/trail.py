@@ -1,6 +1,6 @@
 """The audit trail: every event of an environment's journal in order, with the place where its chain of hashes breaks.
 
-Not for what the events make of the days: that is their fold (`day/events`).
+Not for what the events make of the days: that is their fold (`day.folding`).
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import pytest
@@ -157,56 +157,97 @@ async def test_two_syncs_at_once_end_with_one_list(secmaster: SecurityMaster) ->
     assert set(await secmaster.in_category("Crypto")) == tickers
 
 
-async def listed_by_days(secmaster: SecurityMaster, days: int) -> dict[int, list[str]]:
-    """Sync every 12 hours: one market for ever, one that changes on the second day, one a day that settles on the next."""
-    by_day: dict[int, list[str]] = {}
-    for half in range(2 * days):
-        day = half // 2
-        changing = a_market("CHANGING", title="before" if day < 1 else "after")
-        await secmaster.apply([a_market("EVER"), changing, a_market(f"DAY-{day}")], NOW_NS + half * 12 * HOUR_NS)
-        by_day[day] = ["CHANGING", *(f"DAY-{n}" for n in (day - 1, day) if n >= 0), "EVER"]
-    return by_day
+DAY_NS = 24 * HOUR_NS
+PERIOD_NS = 8 * DAY_NS
+"""A little more than the whole list is told in."""
 
 
-async def test_a_days_markets_are_found_without_reading_the_days_before_it(
+async def listed_by_periods(secmaster: SecurityMaster, periods: int) -> dict[int, list[str]]:
+    """Sync twice a period: one market for ever, one that changes in the second, one each that settles in the next."""
+    listed: dict[int, list[str]] = {}
+    for half in range(2 * periods):
+        period = half // 2
+        changing = a_market("CHANGING", title="before" if period < 1 else "after")
+        await secmaster.apply([a_market("EVER"), changing, a_market(f"N-{period}")], NOW_NS + half * PERIOD_NS // 2)
+        listed[period] = ["CHANGING", "EVER", *(f"N-{n}" for n in (period - 1, period) if n >= 0)]
+    return listed
+
+
+async def test_a_days_markets_are_found_without_reading_the_years_before_it(
     redis_client: redis.asyncio.Redis, js: JetStreamContext, secmaster: SecurityMaster, env_name: str
 ) -> None:
-    """The whole list is told once a day; from there on the answer is what all changes from the beginning give."""
-    by_day = await listed_by_days(secmaster, 6)
+    """The whole list is told once a week; from there on the answer is what all changes from the beginning give."""
+    listed = await listed_by_periods(secmaster, 6)
     told = [change.listed for change in await changes(js, secmaster, whole=True)]
-    assert [[market.ticker for market in listed] for listed in told] == [
-        ["EVER", "CHANGING", f"DAY-{n}"] for n in by_day
-    ]
+    assert [[market.ticker for market in whole] for whole in told] == [["EVER", "CHANGING", f"N-{n}"] for n in listed]
 
     async def known() -> dict[int, list[Market]]:
-        opens = {day: NOW_NS + 24 * day * HOUR_NS - HOUR_NS // 2 for day in by_day}
-        return {day: await secmaster.known(at_ns, at_ns + 24 * HOUR_NS) for day, at_ns in opens.items()}
+        opens = {period: NOW_NS + period * PERIOD_NS - HOUR_NS // 2 for period in listed}
+        return {period: await secmaster.known(at_ns, at_ns + PERIOD_NS) for period, at_ns in opens.items()}
 
     found = await known()
-    assert {day: [market.ticker for market in markets] for day, markets in found.items()} == by_day
-    assert [found[day][0].title for day in by_day] == ["before"] + ["after"] * 5
+    assert {period: [market.ticker for market in markets] for period, markets in found.items()} == listed
+    assert [found[period][0].title for period in listed] == ["before"] + ["after"] * 5
     await redis_client.delete(f"{env_name}:secmaster:whole")
     assert await known() == found
 
-    await secmaster.apply([a_market("EVER")], NOW_NS + 10 * 24 * HOUR_NS)
+    await secmaster.apply([a_market("EVER")], NOW_NS + 10 * PERIOD_NS)
     last = (await js.stream_info(secmaster.stream)).state.last_seq
     await js.purge_stream(secmaster.stream, seq=last - 1)  # as age does
-    tickers = [market.ticker for market in await secmaster.known(NOW_NS + 300 * HOUR_NS, NOW_NS + 324 * HOUR_NS)]
-    assert tickers == ["EVER"]
+    at_ns = NOW_NS + 12 * PERIOD_NS
+    assert [market.ticker for market in await secmaster.known(at_ns, at_ns + DAY_NS)] == ["EVER"]
 
 
-async def test_a_place_in_a_stream_that_was_lost_is_not_believed(
+async def test_a_stream_that_was_lost_is_told_the_whole_list_again(
     js: JetStreamContext, secmaster: SecurityMaster
 ) -> None:
-    """A stream that was made anew has other messages under the same numbers, or none."""
-    await listed_by_days(secmaster, 3)
+    """A stream that was made anew has other messages under the same numbers, or none, whatever Redis says of it."""
+    await listed_by_periods(secmaster, 3)
     await js.delete_stream(secmaster.stream)
     await secmaster.create()
-    at_ns = NOW_NS + 100 * HOUR_NS
+    at_ns = NOW_NS + 3 * PERIOD_NS
     for number in range(12):
         await secmaster.apply([a_market("EVER"), a_market(f"NEW-{number}")], at_ns + number)
-    known = await secmaster.known(at_ns + HOUR_NS, at_ns + 25 * HOUR_NS)
+    known = await secmaster.known(at_ns + DAY_NS, at_ns + 2 * DAY_NS)
     assert [market.ticker for market in known] == ["EVER", "NEW-11"]
+
+
+async def test_a_market_that_came_while_another_sync_told_the_whole_list_is_known(
+    redis_client: redis.asyncio.Redis, js: JetStreamContext, env_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sync that came second has told of it before that list, and tells the whole list once more."""
+    slow, quick = SecurityMaster(redis_client, js, env_name), SecurityMaster(redis_client, js, env_name)
+    await slow.create()
+    await slow.apply([a_market("EVER")], NOW_NS)
+    slow_has_read, quick_has_written, slow_is_done = asyncio.Event(), asyncio.Event(), asyncio.Event()
+    publish, put = slow._publish, quick._put
+
+    async def publish_late(*args: Any) -> None:
+        slow_has_read.set()
+        await quick_has_written.wait()
+        await publish(*args)
+
+    async def put_and_wait(*args: Any) -> None:
+        await put(*args)
+        quick_has_written.set()
+        await slow_is_done.wait()
+
+    monkeypatch.setattr(slow, "_publish", publish_late)
+    monkeypatch.setattr(quick, "_put", put_and_wait)
+    at_ns = NOW_NS + PERIOD_NS
+
+    async def sync_slowly() -> None:
+        await slow.apply([a_market("EVER")], at_ns)
+        slow_is_done.set()
+
+    async def sync_quickly() -> None:
+        await slow_has_read.wait()
+        await quick.apply([a_market("EVER"), a_market("NEW")], at_ns + 1)
+
+    async with asyncio.timeout(20):
+        await asyncio.gather(sync_slowly(), sync_quickly())
+    known = await slow.known(at_ns + DAY_NS, at_ns + 2 * DAY_NS)
+    assert [market.ticker for market in known] == ["EVER", "NEW"]
 
 
 async def test_create_refuses_a_stream_with_other_settings(js: JetStreamContext, env_name: str) -> None:

@@ -66,7 +66,6 @@ class TwoDays(Bench):
             for event in (EventName.DEFINED, EventName.START_REQUESTED, EventName.STARTED, EventName.END_REQUESTED):
                 self.log.add(event, date=date)
             self.log.add(EventName.COMPLETED, date=date, data={"condition": "available"})
-        self.log.add(EventName.SEALED, date=DATE, at_ns=SEALED_NS)
         desk: Any = self.desk
         desk.book = _Book(self.log)
         desk.stores.journal = SimpleNamespace(read_day=self.read_day)
@@ -77,7 +76,7 @@ class TwoDays(Bench):
         return [SimpleNamespace(seq=seq, event=event) for seq, event in self.log.events if event.date == day.date]
 
     async def put(self, date: str, connections: Mapping[str, list[Frame]]) -> None:
-        """Put a day's segments of trades into the raw store, and the manifest that names them."""
+        """Put a day's segments of trades into the raw store, and the manifest that names them; the first day is sealed so."""
         segments = []
         for segment in record(self.folder / f"made-{date}", dict(connections), date=date):
             key, path = segment_key("kalshi", date, segment.channel, 0), Path(segment.path)
@@ -106,6 +105,13 @@ class TwoDays(Bench):
             created_at="",
         )
         await self.raw.create(manifest_key("kalshi", date, 1), manifest.encode())
+        if date == DATE:
+            await self.seal(date)
+
+    async def seal(self, date: str) -> None:
+        """Journal the seal of a day whose manifest is there."""
+        data = {"manifest_sha256": sha256_hex(await self.raw.get(manifest_key("kalshi", date, 1)))}
+        self.log.add(EventName.SEALED, date=date, at_ns=SEALED_NS, data=data)
 
 
 async def test_late_rows_change_the_condition_and_the_next_revision_has_them(tmp_path: Path) -> None:
@@ -177,7 +183,7 @@ async def test_no_tables_are_made_beside_raw_files_that_are_not_those_that_were_
         at_ns = days.windows[date].open_ns + HOUR_NS
         await days.put(date, {f"{date}-a-0": [(at_ns + n * S, trade("T", n, at_ns + n * S)) for n in (1, 2, 3)]})
         await normalise(days.desk, days.log.day(date), told=days.told.append)
-    days.log.add(EventName.SEALED, date=NEXT, at_ns=SEALED_NS)
+    await days.seal(NEXT)
     Path(days.raw.url(segment_key("kalshi", beside, "trade", 0))).unlink()
     with pytest.raises(UnexplainedDifferenceError, match=rf"not what was sealed: .*trades-00.*day verify \S+ {beside}"):
         await normalise_again(days.desk, day, told=days.told.append)

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import json
 import urllib.request
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
+from ssmd_dagster.day.calendar import TradingCalendar
+from ssmd_dagster.day.events import Book
+from ssmd_dagster.day.states import EventName
+from ssmd_dagster.errors import RefusedError
+from ssmd_dagster.workflows.roll import dates_to_roll
+from ssmd_dagster_tests.day.builders import DATE, ENV, Log
 from ssmd_dagster_tests.house import House, until
 from ssmd_dagster_tests.judge import judge
 
@@ -60,3 +69,29 @@ def test_a_roll_over_midnight_leaves_no_hole(house: House, env_name: str) -> Non
         times = [frame.send_ns for frame in verdict.lost if frame.connection == connection]
         assert max(times) - min(times) < SECOND_NS
         assert min(times) > boundary_ns + 2 * SECOND_NS
+
+
+@pytest.mark.parametrize(("left_s", "rolls"), [(7_200, False), (120, True), (-60, True)])
+async def test_a_day_that_never_was_active_is_rolled_from_at_its_boundary(left_s: int, rolls: bool) -> None:
+    """So the next one is recorded from its opening; before, whoever asks is told to start a day."""
+    log = Log()
+    for event in (EventName.DEFINED, EventName.START_REQUESTED, EventName.START_FAILED):
+        log.add(event)
+    calendar = TradingCalendar(**SCHEDULE, first_day=date.fromisoformat(DATE))  # type: ignore[arg-type]
+    now_ns = calendar.close_ns(date.fromisoformat(DATE)) - left_s * 1_000_000_000
+
+    async def refresh() -> Book:
+        return log.book
+
+    desk: Any = SimpleNamespace(
+        env=ENV,
+        book=SimpleNamespace(refresh=refresh),
+        calendar=calendar,
+        setting=SimpleNamespace(clock=lambda: now_ns),
+        today=lambda: DATE,
+    )
+    if rolls:
+        assert await dates_to_roll(desk, DATE) == (DATE, "2025-12-15")
+    else:
+        with pytest.raises(RefusedError, match=f"{DATE} never was ACTIVE"):
+            await dates_to_roll(desk, DATE)

@@ -130,11 +130,11 @@ async def test_the_next_revision_stands_beside_the_first(tmp_path: Path, readbac
     """On a COMPLETE day; the first one's bytes stay."""
     stage = Stage(tmp_path)
     with pytest.raises(RefusedError, match="no sealed revision"):
-        await seal_revision(stage.desk, stage.day, [TABLE])
+        await seal_revision(stage.desk, stage.day, readback, [TABLE])
     await seal(stage.desk, stage.day, readback)
     first = stage.bytes()
     later = msgspec.structs.replace(TABLE, key="kalshi/v1/trade/2025/12/14/data.r2.parquet")
-    day = await seal_revision(stage.desk, stage.day, [TABLE, later])
+    day = await seal_revision(stage.desk, stage.day, readback, [TABLE, later])
     assert (day.revision, day.sealed and day.sealed.manifest_key) == (2, KEY.replace(".json", ".r2.json"))
     manifest = Manifest.decode(stage.bytes(KEY.replace(".json", ".r2.json")))
     assert (manifest.revision, manifest.tables) == (2, (TABLE, later))
