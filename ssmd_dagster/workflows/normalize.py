@@ -353,7 +353,7 @@ async def _segments(
     return tuple(segments)
 
 
-class _Beside(NamedTuple):
+class Beside(NamedTuple):
     """A day beside another, and the edge at which its raw files may have rows of that one; None: anywhere in it."""
 
     day: TradingDay
@@ -366,7 +366,7 @@ class _Beside(NamedTuple):
         return ordered_segments(keys, self.edge, None if self.recorded_on else TABLE_OF_CHANNEL)
 
 
-def _beside(desk: Desk, day: TradingDay) -> list[_Beside]:
+def _beside(desk: Desk, day: TradingDay) -> list[Beside]:
     """Return the days before and after this one; those that another one's recording held have nothing of their own.
 
     Where the next day is known to have received late rows, all of it counts, and all of the day before where that recorded on
@@ -378,10 +378,10 @@ def _beside(desk: Desk, day: TradingDay) -> list[_Beside]:
     found = []
     for date in dates[max(0, at - 1) : at]:
         recorded_on = recorded_into(desk, days[date], day)
-        found.append(_Beside(days[date], None if recorded_on else "last", None, recorded_on))
+        found.append(Beside(days[date], None if recorded_on else "last", None, recorded_on))
     for date in dates[at + 1 : at + 2]:
         late_until_ns = None if day.late is None else day.late.until_ns
-        found.append(_Beside(days[date], "first" if late_until_ns is None else None, late_until_ns, recorded_on=False))
+        found.append(Beside(days[date], "first" if late_until_ns is None else None, late_until_ns, recorded_on=False))
     return found
 
 

@@ -24,8 +24,9 @@ from ssmd_dagster.errors import SsmdError
 from ssmd_dagster.exchange import Market
 from ssmd_dagster.stores.objects import LocalObjectStore
 from ssmd_dagster.workflows.desk import Desk
-from ssmd_dagster.workflows.normalize import Normalised, normalise
+from ssmd_dagster.workflows.normalize import Beside, Normalised, normalise
 from ssmd_dagster_tests.archive.rawdays import CLOSE_NS, DATE, MS, OPEN_NS, Frame, S, record, trade
+from ssmd_dagster_tests.day.builders import started
 
 NOON = OPEN_NS + 12 * 3600 * S
 
@@ -185,3 +186,13 @@ async def test_a_sealed_revision_gets_no_other_table_than_it_was_sealed_with(tmp
     assert (await bench.normalise()).revision == 3
     assert not bench.table("trade", 2).exists()
     assert pq.read_table(bench.table("trade", 3)).num_rows == 15
+
+
+def test_a_day_that_recorded_on_also_says_how_long() -> None:
+    """Its notes tell which channels were subscribed; of other neighbours only segments with rows at the edge matter."""
+    names = ["session-00", "trades-00", "trades-01", "trades-02", "rest-00"]
+    keys = [f"kalshi/2026/11/09/{name}.jsonl.zst" for name in names]
+    day = started().day()
+    assert Beside(day, None, None, recorded_on=True).holding(keys) == [keys[4], keys[0], *keys[1:4]]
+    assert Beside(day, "last", None, recorded_on=False).holding(keys) == keys[2:4]
+    assert Beside(day, "first", None, recorded_on=False).holding(keys) == keys[1:3]

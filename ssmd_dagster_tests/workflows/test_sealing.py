@@ -16,8 +16,9 @@ from ssmd_dagster.day.events import TradingDay
 from ssmd_dagster.day.payloads import Payload
 from ssmd_dagster.day.seal import Manifest, TableEntry, sha256_hex
 from ssmd_dagster.day.states import EventName
-from ssmd_dagster.errors import RefusedError, SsmdError
+from ssmd_dagster.errors import RefusedError, SsmdError, UnexplainedDifferenceError
 from ssmd_dagster.stores.objects import LocalObjectStore
+from ssmd_dagster.workflows.damage import check_sealed
 from ssmd_dagster.workflows.desk import Desk
 from ssmd_dagster.workflows.sealing import seal, seal_revision
 from ssmd_dagster_tests.capture.recordings import DATE, START_NS, build_segments, read_segments
@@ -144,3 +145,28 @@ async def test_the_next_revision_stands_beside_the_first(tmp_path: Path, readbac
     )
     assert stage.bytes() == first
     assert manifest.date == DATE
+
+
+async def test_what_was_spoilt_since_is_sealed_as_it_was_and_what_came_since_is_sealed_too(
+    tmp_path: Path, readback: Readback
+) -> None:
+    """A later revision never blesses damage; without the manifest of before there is only what was read back."""
+    stage = Stage(tmp_path)
+    first = readback.segments[0]
+    await seal(stage.desk, stage.day, readback)
+    spoilt = msgspec.structs.replace(first, sha256="00", records=0)
+    added = msgspec.structs.replace(first, key=first.key.replace("-00.", "-07."))
+    found = msgspec.structs.replace(readback, segments=(spoilt, *readback.segments[1:], added))
+    await seal_revision(stage.desk, stage.day, found, [TABLE])
+    keys = {segment.key: segment.sha256 for segment in (*readback.segments, added)}
+    second = Manifest.decode(stage.bytes(KEY.replace(".json", ".r2.json")))
+    assert {segment.key: segment.sha256 for segment in second.segments} == keys
+
+    path = tmp_path / "raw" / KEY.replace(".json", ".r2.json")
+    path.unlink()
+    path.write_bytes(stage.bytes())
+    with pytest.raises(UnexplainedDifferenceError, match=r"manifest.r2.json: is not the manifest that was sealed"):
+        await check_sealed(stage.desk, stage.day, DATE)
+    await seal_revision(stage.desk, stage.day, found, [TABLE])
+    third = Manifest.decode(stage.bytes(KEY.replace(".json", ".r3.json")))
+    assert {segment.key: segment.sha256 for segment in third.segments} == keys | {spoilt.key: "00"}
