@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -68,3 +69,14 @@ def simulated(house: House, env_name: str) -> str:
     house.add(env_name, simulator={"seed": 7, "markets": 40, "rate_per_second": 400})
     house.up(env_name)
     return env_name
+
+
+@pytest.fixture
+def signals_of_a_terminal() -> Iterator[None]:
+    """Have children heed SIGINT and SIGHUP although the tests themselves may run in the background or under nohup."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGHUP)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)

@@ -152,6 +152,7 @@ main.main()
 """
 
 
+@pytest.mark.usefixtures("signals_of_a_terminal")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("shell", ["", "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"])
 def test_to_be_told_to_end_is_to_be_interrupted(number: signal.Signals, shell: str) -> None:

@@ -57,6 +57,7 @@ def test_history_and_show_need_nothing_but_the_journal(house: House, played: str
     assert away == before
 
 
+@pytest.mark.usefixtures("signals_of_a_terminal")
 def test_a_day_is_watched_until_it_is_enough(house: House, played: str) -> None:
     """A line a look where nobody sits before it, JSON where that is asked for; interrupted it ends with 130."""
     for more, has in (((), f"{house.today()}  COMPLETE  "), (("--json",), '"state":"COMPLETE"')):
