@@ -99,6 +99,7 @@ async def seal_revision(
     """Seal the next revision of a COMPLETE day whose tables are new; what was sealed before stays as it is.
 
     A raw file that was sealed before is sealed again as it was then: what was spoilt since is never sealed as it is now.
+    Where the manifest of then is gone or changed, what was read back is all that is known.
 
     Raises `RefusedError` where the day has no sealed revision to follow.
     """
