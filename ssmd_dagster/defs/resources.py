@@ -23,7 +23,7 @@ from ssmd_dagster.capture.setting import Setting, load_setting
 from ssmd_dagster.day.calendar import parse_date
 from ssmd_dagster.defs.lost import hold
 from ssmd_dagster.errors import SsmdError, UnreachableError, UsageError
-from ssmd_dagster.workflows.attempt import CLEAN_UP_TIMEOUT_S, Attempt, Verb
+from ssmd_dagster.workflows.attempt import CLEAN_UP_TIMEOUT_S, Attempt, Options, Verb
 from ssmd_dagster.workflows.desk import Desk, Progress, Report, open_desk
 from ssmd_dagster.workflows.end import END
 from ssmd_dagster.workflows.recover import recovery_of
@@ -38,6 +38,9 @@ TRIES = 2
 CONNECT_AGAIN_S = (1.0, 3.0)
 """Pauses before a run connects again to servers that did not answer."""
 THREAD_TIMEOUT_S = 5.0
+
+_ASKED_BY_CLOCK = {"dagster/schedule_name", "dagster/sensor_name"}
+"""Tags that Dagster gives to what its daemon launches, but to no backfill."""
 
 VerbName = Literal["start", "end", "recover"]
 
@@ -110,13 +113,17 @@ class Background:
 
 
 class DaySession:
-    """One run at work: its desk, opened by the first step that needs it, and its attempts by verb."""
+    """One run at work: its desk, opened by the first step that needs it, and its attempts by verb.
 
-    def __init__(self, environment: str, run_id: str, *, rolls: bool) -> None:
+    `unattended`: a schedule or a sensor has asked for the run, not a person.
+    """
+
+    def __init__(self, environment: str, run_id: str, *, rolls: bool, unattended: bool = False) -> None:
         self._environment = environment
         self._run_id = run_id
         self._actor = f"dagster:{run_id}"
         self._rolls = rolls
+        self._unattended = unattended
         self._background = Background(f"desk-{run_id[:8]}")
         self._stack = contextlib.AsyncExitStack()
         self._desk: Desk | None = None
@@ -192,7 +199,9 @@ class DaySession:
             attempt = starting_of(desk, *await dates_to_roll(desk, partition))
             attempt.verb = _patient(attempt.verb)
             return attempt
-        return Attempt(desk, partition, _patient(END if verb == "end" else START))
+        if verb == "end":
+            return Attempt(desk, partition, _patient(END))
+        return Attempt(desk, partition, _patient(START), Options(unattended=self._unattended))
 
     async def _connected(self, setting: Setting) -> Desk:
         """Return the run's desk; servers that do not answer are tried again, before anything is journaled."""
@@ -263,7 +272,8 @@ class DayDesk(dg.ConfigurableResource):  # type: ignore[type-arg] # it is its ow
                 f"the job of {self.environment} for that, or leave the configuration as it is.",
                 allow_retries=False,
             )
-        self._session = DaySession(self.environment, context.run.run_id, rolls=self.rolls)
+        unattended = not _ASKED_BY_CLOCK.isdisjoint(context.run.tags)
+        self._session = DaySession(self.environment, context.run.run_id, rolls=self.rolls, unattended=unattended)
         try:
             yield self
         finally:

@@ -70,7 +70,8 @@ class Verb(NamedTuple):
 class Options:
     """What an operator or a roll may ask of a verb.
 
-    A roll starts the new day with `rolled_from`, ACTIVE not before `boundary_ns` (None: as soon as it is ready). Of `share`
+    A roll starts the new day with `rolled_from`, ACTIVE not before `boundary_ns` (None: as soon as it is ready). `unattended`: a
+    schedule or a sensor asks, perhaps long before its run begins; nothing that has been up since is opened again. Of `share`
     replays side by side each has its part of the exchange's rate.
     """
 
@@ -79,6 +80,7 @@ class Options:
     reason: str | None = None
     rolled_from: str | None = None
     boundary_ns: int | None = None
+    unattended: bool = False
     share: int = 1
 
 

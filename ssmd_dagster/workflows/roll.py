@@ -18,16 +18,12 @@ from ssmd_dagster.errors import RefusedError
 from ssmd_dagster.workflows.attempt import Attempt, Options
 from ssmd_dagster.workflows.desk import Desk
 from ssmd_dagster.workflows.end import END
-from ssmd_dagster.workflows.start import START
+from ssmd_dagster.workflows.start import HAS_BEEN_UP, START
 
 LEAD_S = 120
 """How long before the boundary a scheduled roll begins, so that a slow launch does no harm."""
 WAITS_FOR_BOUNDARY_S = 900
 """A roll that is asked for less than this before the boundary waits for it; an earlier one changes over at once."""
-
-
-_UP = (DayState.ACTIVE, DayState.ERROR, DayState.ENDING, DayState.COMPLETE)
-"""States of a day that a roll has brought up already, whatever became of it."""
 
 
 class Rolled(msgspec.Struct, frozen=True):
@@ -57,7 +53,11 @@ async def dates_to_roll(desk: Desk, date: str | None = None) -> tuple[str, str]:
             do=f"Start one: `ssmd day start {desk.env}`.",
         )
     later = [
-        day.date for day in book.days.values() if day.date > ending and day.mode == "live" and day.epoch is not None
+        day.date
+        for day in book.days.values()
+        if day.date > ending and day.mode == "live" and day.epoch is not None
+        # One that failed to start and is over by now is not gone on with: what comes now is not its own.
+        and (day.state in HAS_BEEN_UP or day.date >= desk.today())
     ]
     following = (Date.fromisoformat(ending) + timedelta(days=1)).isoformat()
     return ending, min(later) if later else max(following, desk.today())
@@ -90,9 +90,6 @@ async def roll(desk: Desk, date: str | None = None) -> Rolled:
         and desk.book.book.days[ending].state is DayState.COMPLETE
     ):
         return Rolled(desk.book.book.days[ending], following, already=True)
-    if following is not None and following.state in _UP:
-        started = following
-    else:
-        started = await starting_of(desk, ending, starting).go()
+    started = await starting_of(desk, ending, starting).go()
     ended = await Attempt(desk, ending, END).go()
     return Rolled(ended, started)

@@ -42,11 +42,15 @@ QUIET_AFTER_S = 10.0
 POLL_S = 0.1
 CLOCK_POLL_S = 0.2
 
+HAS_BEEN_UP = (DayState.ACTIVE, DayState.ERROR, DayState.ENDING, DayState.COMPLETE)
+
 
 async def may_start(attempt: Attempt) -> bool:
     """See whether the day may be started now; False where it is ACTIVE already.
 
-    Waits for the lease of an earlier attempt to be gone where the journal shows one under way.
+    For a roll, a schedule or a sensor every day that has been up is as it should be, whatever became of it: only a person opens
+    one again, or has one that is over replayed and left ACTIVE. Waits for the lease of an earlier attempt to be gone where the
+    journal shows one under way.
 
     Raises:
         NotFoundError: The calendar has no such day.
@@ -58,7 +62,10 @@ async def may_start(attempt: Attempt) -> bool:
     calendar.check(parsed, now_ns)
     await create_streams(desk)
     day = await desk.book.day(date)
-    mode = mode_of(attempt, day)
+    nobody_asked = attempt.options.unattended or attempt.options.rolled_from is not None
+    if nobody_asked and day is not None and day.state in HAS_BEEN_UP:
+        return False
+    mode = "live" if attempt.options.unattended else mode_of(attempt, day)
     if mode == "live" and day is not None and day.state is DayState.ACTIVE:
         return False
     await refuse_journal_behind(desk)
@@ -74,6 +81,12 @@ async def may_start(attempt: Attempt) -> bool:
         verb = "end" if day.state is DayState.ENDING else "recover"
         raise RefusedError(
             f"trading day {date} is {day.state}", where=desk.env, do=f"Use `ssmd day {verb} {desk.env} --date {date}`."
+        )
+    if mode == "live" and now_ns >= calendar.close_ns(parsed):
+        raise RefusedError(
+            f"trading day {date} is over and cannot be recorded any more",
+            where=desk.env,
+            do=f"Build it from the exchange's history: `ssmd day backfill {desk.env} --from {date} --to {date}`.",
         )
     if day is not None and day.state is DayState.STARTING:
         await wait_until_gone(desk, date, VERB)
