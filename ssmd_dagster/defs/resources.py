@@ -21,8 +21,9 @@ from pydantic import Field, PrivateAttr
 
 from ssmd_dagster.capture.setting import Setting, load_setting
 from ssmd_dagster.day.calendar import parse_date
+from ssmd_dagster.day.reconcile import paused_words
 from ssmd_dagster.defs.lost import hold
-from ssmd_dagster.errors import SsmdError, UnreachableError, UsageError
+from ssmd_dagster.errors import RefusedError, SsmdError, UnreachableError, UsageError
 from ssmd_dagster.workflows.attempt import CLEAN_UP_TIMEOUT_S, Attempt, Options, Verb
 from ssmd_dagster.workflows.desk import Desk, Progress, Report, open_desk
 from ssmd_dagster.workflows.end import END
@@ -204,7 +205,12 @@ class DaySession:
         return Attempt(desk, partition, _patient(START), Options(unattended=self._unattended))
 
     async def _connected(self, setting: Setting) -> Desk:
-        """Return the run's desk; servers that do not answer are tried again, before anything is journaled."""
+        """Return the run's desk; servers that do not answer are tried again, before anything is journaled.
+
+        Raises `RefusedError` where a schedule or sensor has asked for the run, and the environment is paused by now.
+        """
+        if self._desk is not None:
+            return self._desk
         for pause_s in (*CONNECT_AGAIN_S, None):
             if self._desk is not None:
                 break
@@ -218,6 +224,8 @@ class DaySession:
                 _log.warning("%s; trying again in %g s", error, pause_s)
                 await asyncio.sleep(pause_s)
         assert self._desk is not None, "it is connected or has raised"
+        if self._unattended:
+            await _check_pause(self._desk)
         return self._desk
 
     def _day(self, partition: str | None) -> tuple[Setting, str]:
@@ -279,6 +287,17 @@ class DayDesk(dg.ConfigurableResource):  # type: ignore[type-arg] # it is its ow
         finally:
             self._session.close(_log_abandoned)
             self._session = None
+
+
+async def _check_pause(desk: Desk) -> None:
+    """Refuse what was asked for where the environment has been paused since, or could not be seen to be."""
+    paused = (await desk.book.refresh()).paused
+    if paused is not None:
+        raise RefusedError(
+            f"{desk.env} is {paused_words(desk.env, paused, desk.calendar)}",
+            where=desk.env,
+            do="Verbs by hand work; what is missing then is asked for again.",
+        )
 
 
 def _patient(verb: Verb) -> Verb:

@@ -223,6 +223,21 @@ def test_a_run_that_stops_between_two_steps_fails_its_day(in_house: House, simul
     in_house.ssmd("day", "end", simulated)
 
 
+def test_a_run_of_a_schedule_is_refused_where_somebody_has_paused_since(in_house: House, simulated: str) -> None:
+    """It was launched before, or the schedule could not look; a person's run works all the same."""
+    day = in_house.today()
+    in_house.ssmd("env", "pause", simulated, "--reason", "moving house")
+    by_schedule = {"dagster/partition": day, "dagster/schedule_name": f"{simulated}_start_day_schedule"}
+    refused = job_of(simulated, "start").execute_in_process(tags=by_schedule, raise_on_error=False)
+    assert list(failures(refused)) == ["take_day"]
+    text, metadata = failures(refused)["take_day"]
+    assert "paused by" in text
+    assert "moving house" in text
+    assert (metadata["exit_code"], metadata["command"]) == (5, f"ssmd day status {simulated}")
+    assert run(simulated, "start", day).success
+    in_house.ssmd("day", "end", simulated)
+
+
 @pytest.mark.parametrize("ending", ["it goes on", pytest.param("it stops", marks=pytest.mark.long)])
 def test_a_run_whose_day_was_taken_by_another_leaves_it_alone(in_house: House, simulated: str, ending: str) -> None:
     """A run that has lost its lease neither goes on nor stops anything once another attempt has the day."""
