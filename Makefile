@@ -9,7 +9,7 @@ SEEDS ?= 3
 MINUTES ?= 10
 SEED ?= 1
 
-.PHONY: demo up down test test-long faults chaos week lint format bench clean
+.PHONY: demo up down test test-long faults chaos week lint format bench clean wipe
 
 demo: $(READY) ## run a whole trading day on a simulated exchange, in about a minute
 	$(BIN)/ssmd demo
@@ -51,8 +51,14 @@ format: $(READY) ## put the code into form
 bench: $(READY) ## measure, and compare with the alternatives
 	$(BIN)/python -m benchmarks
 
-clean: ## remove the virtual environment and the local state
-	rm -rf $(VENV) .ssmd
+clean: ## remove what was built: virtual environment, reports, caches; recorded days stay
+	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	find benchmarks scripts ssmd_dagster ssmd_dagster_tests -name __pycache__ -prune -exec rm -rf {} +
+
+wipe: $(READY) ## remove .ssmd: recorded days, journal, credentials; refused while anything runs there
+	@$(BIN)/python -c "from pathlib import Path; from ssmd_dagster.capture.supervisord import marked_processes; \
+		exit('Something runs here: make down' if marked_processes(Path('.ssmd').absolute()) else 0)"
+	rm -rf .ssmd
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

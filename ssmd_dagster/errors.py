@@ -74,6 +74,12 @@ class UnreachableError(SsmdError):
     transient = True
 
 
+class OutOfTimeError(SsmdError):
+    """A run was stopped because it took longer than it may, not because somebody wanted it to stop."""
+
+    transient = True
+
+
 class ConfigurationError(SsmdError):
     """A file, key or credential is missing, wrong or refused; a person has to change it."""
 

@@ -126,10 +126,14 @@ class MarketLimitError(SsmdError):
 
 
 class SubscriptionLost(msgspec.Struct, frozen=True, kw_only=True):
-    """The exchange ended one subscription and left the socket open."""
+    """The exchange ended one subscription and left the socket open.
+
+    `forgotten`: it says so only because it was asked for something, so that the end was at any time behind the last frame.
+    """
 
     sid: int
     reason: str
+    forgotten: bool = False
 
 
 class SnapshotCame(msgspec.Struct, frozen=True, kw_only=True):

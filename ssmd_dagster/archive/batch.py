@@ -337,6 +337,21 @@ def decode_records(buffer: bytes | memoryview, batch: Batch) -> bytes:
     return records
 
 
+def is_whole(buffer: bytes | memoryview, batch: Batch) -> bool:
+    """Tell whether a batch's records are what its header says."""
+    try:
+        decode_records(buffer, batch)
+    except BatchDamagedError:
+        return False
+    return True
+
+
+def read_whole(data: bytes) -> Batch | None:
+    """Return the batch that `data` is, all of it and nothing else; None where it is no whole one."""
+    batch = read_last(data)
+    return batch if isinstance(batch, Batch) and batch.start == 0 and is_whole(data, batch) else None
+
+
 def _damaged(header: BatchHeader, reason: str) -> BatchDamagedError:
     first, last = header.span
     numbers = f"{first}" if first == last else f"{first}-{last}"

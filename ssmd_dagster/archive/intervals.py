@@ -62,7 +62,10 @@ def ends_session(line: bytes) -> bool:
 
 
 class Torn(msgspec.Struct, frozen=True):
-    """Ordinals that a killed process had given out and not written: `records` of those in `n`, both ends inclusive."""
+    """Ordinals that a killed process had given out and not written, or that its disk has spoilt; both ends inclusive.
+
+    `records` of those from `n_first` to `n_last`.
+    """
 
     n_first: int
     n_last: int
@@ -126,16 +129,19 @@ class Ordinals:
     def add(self, ordinals: Sequence[int]) -> None:
         """Take note of some ordinals, at least one."""
         numbers = np.array(ordinals, dtype=np.int64)
-        top = int(numbers.max())
+        self.reach(int(numbers.max()))
+        new = len(np.unique(numbers[~self._seen[numbers]]))
+        self.count += new
+        self.repeated += len(numbers) - new
+        self._seen[numbers] = True
+
+    def reach(self, top: int) -> None:
+        """Take note that ordinals up to `top` were given out."""
         if top >= len(self._seen):
             grown = np.zeros(max(2 * len(self._seen), top + 1), dtype=np.bool_)
             grown[: len(self._seen)] = self._seen
             self._seen = grown
         self.highest = max(self.highest, top)
-        new = len(np.unique(numbers[~self._seen[numbers]]))
-        self.count += new
-        self.repeated += len(numbers) - new
-        self._seen[numbers] = True
 
     @property
     def holes(self) -> int:

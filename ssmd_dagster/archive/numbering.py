@@ -14,12 +14,15 @@ import numpy as np
 from ssmd_dagster.archive.batch import BatchHeader
 from ssmd_dagster.archive.records import sequences_in
 
+MAX_HOLE = 10_000_000
+"""More numbers than these are never missing between two: the exchange has begun to number anew, or a number is not one."""
+_MAX_NUMBER = 2**63 - 1
 Run = tuple[int, int]
 """Consecutive numbers, both ends inclusive."""
 
 
 class WireCount(msgspec.Struct, frozen=True):
-    """What the archive holds of one subscription's numbers: `holes` are the runs that are missing below the highest."""
+    """What the archive holds of one subscription's numbers: `holes` are the runs that are missing between them."""
 
     conn: str
     sid: int
@@ -49,7 +52,10 @@ class Numbering:
             self._runs.append((first, last))
 
     def add(self, numbers: Sequence[int]) -> None:
-        """Take numbers as they came, at least one."""
+        """Take numbers as they came, at least one; those that no 64 bits hold are none."""
+        numbers = [number for number in numbers if -_MAX_NUMBER <= number <= _MAX_NUMBER]
+        if not numbers:
+            return
         distinct = np.unique(np.array(numbers, dtype=np.int64))
         breaks = np.flatnonzero(np.diff(distinct) > 1)
         firsts, lasts = distinct[np.append(0, breaks + 1)], distinct[np.append(breaks, len(distinct) - 1)]
@@ -63,7 +69,7 @@ class Numbering:
         distinct, expected = 0, min(1, runs[0][0]) if from_one else runs[0][0]
         holes: list[Run] = []
         for first, last in runs:
-            if first > expected:
+            if 0 < first - expected <= MAX_HOLE:
                 holes.append((expected, first - 1))
             distinct += max(0, last + 1 - max(first, expected))
             expected = max(expected, last + 1)

@@ -102,6 +102,7 @@ class Archiver:
         self._flush_wanted = asyncio.Event()
         self._flush_to_go: int | None = None
         self._state = "starting"
+        self._since_ns = setting.clock()
         self._passed_over = 0
         self._error: str | None = None
         self._exit_code: int | None = None
@@ -399,6 +400,7 @@ class Archiver:
             "error": self._error,
             "exit_code": self._exit_code,
             "at_ns": self._setting.clock(),
+            "since_ns": self._since_ns,
             "untaken": len(self._untaken),
             "open_batches": sum(writer.batches for writer in writers),
             "flushing": self._flush_wanted.is_set() or self._flush_to_go is not None,

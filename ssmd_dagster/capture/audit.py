@@ -19,12 +19,14 @@ from collections.abc import Mapping, Sequence
 from datetime import date as Date  # noqa: N812 - `date` is the contract's word for the written form
 from itertools import accumulate
 from pathlib import Path
+from typing import NamedTuple
 
-from ssmd_dagster.archive.batch import BatchHeader
+from ssmd_dagster.archive.batch import Batch, BatchHeader
 from ssmd_dagster.archive.intervals import (
     Interval,
     IntervalCheck,
     Ordinals,
+    Torn,
     ends_session,
     intervals_in,
     ordinals_of,
@@ -40,6 +42,7 @@ from ssmd_dagster.capture.sequence import gap_id_of
 from ssmd_dagster.capture.setting import Setting, load_setting
 from ssmd_dagster.capture.spool import (
     append_to_spool,
+    mend_spool,
     read_spool,
     shard_of,
     spool_path,
@@ -80,7 +83,8 @@ def count_connection(path: Path) -> dict[str, ChannelCount]:
 def finish_connection(path: Path, now_ns: int) -> int:
     """Append the notes that a connection's recorder did not come to write; return how many there were.
 
-    These are a `torn` note where the last flush got in only in part, and the interval notes. A torn tail is cut off first.
+    These are a `torn` note where the last flush got in only in part, or a batch has been spoilt, and the interval notes. A torn
+    tail is cut off first.
     The connection's last record is then, as always, the note about `session`.
     """
     stated: list[Interval] = []
@@ -98,13 +102,23 @@ def finish_connection(path: Path, now_ns: int) -> int:
         return 0
     checks = {channel: IntervalCheck(channel, stated) for channel in headers}
     ordinals = Ordinals()
+    spoilt: list[BatchHeader] = []
     for batch, encoded in read_spool(path):
         header = batch.header
         block = spooled_records(encoded, batch)
+        if not block:
+            spoilt.append(header)
+            continue
         checks[header.channel].feed(block, header.n_first, header.n_last)
         if records <= last_n:  # some are missing, so it matters which
             ordinals.add(ordinals_of(block))
-    notes = [torn.note()] if (torn := ordinals.torn()) is not None else []
+    if records <= last_n:
+        ordinals.reach(last_n)
+    torn = ordinals.torn()
+    if torn is None and spoilt:
+        first, last = min(header.n_first for header in spoilt), max(header.n_last for header in spoilt)
+        torn = Torn(first, last, sum(header.records for header in spoilt))
+    notes = [torn.note()] if torn is not None else []
     notes += [
         interval.note()
         for check in checks.values()
@@ -148,14 +162,50 @@ def _is_finished(session_records: bytes, last_n: int) -> bool:
     return ends_session(last) and parse_record(last).n == last_n
 
 
-async def republish(stores: Stores, directory: Path, date: str) -> int:
-    """Publish every spooled batch that the stream lacks and return how many there were.
+async def mend(stores: Stores, directory: Path, date: str) -> int:
+    """Put back from the stream what the disk has spoilt of the spool and the audit has to read; return how many batches."""
+    spoilt = {
+        BatchId(conn, batch.header.channel, batch.header.batch): batch
+        for conn in spooled_connections(directory)
+        for batch in _spoilt(spool_path(directory, conn))
+    }
+    mended: set[BatchId] = set()
+    async for known, encoded in stores.raw_stream.copies(date, spoilt):
+        if known not in mended and mend_spool(spool_path(directory, known.conn), spoilt[known], encoded):
+            mended.add(known)
+    return len(mended)
+
+
+def _spoilt(path: Path) -> list[Batch]:
+    """Return what is spoilt of a connection's notes, or, where these do not end it, of all its batches."""
+    last_session, last_n = b"", -1
+    spoilt: list[Batch] = []
+    for batch, encoded in read_spool(path):
+        last_n = max(last_n, batch.header.n_last)
+        if batch.header.channel == SESSION:
+            last_session = spooled_records(encoded, batch)
+            spoilt += [] if last_session else [batch]
+    if _is_finished(last_session, last_n):
+        return spoilt
+    return [batch for batch, encoded in read_spool(path) if not spooled_records(encoded, batch)]
+
+
+class Republished(NamedTuple):
+    """How many batches the stream lacked and has now, and the spoilt ones that it lacks for good."""
+
+    batches: int
+    lost: tuple[BatchHeader, ...]
+
+
+async def republish(stores: Stores, directory: Path, date: str) -> Republished:
+    """Publish every spooled batch that the stream lacks; one that the disk has spoilt is no copy of what came in.
 
     Ends when a look at the stream finds none missing: a batch that was lost inside the stream's duplicate window is refused
     under its old name. A batch that no message takes is left to verification, which names it.
     """
     published = 0
     too_large: set[BatchId] = set()
+    lost: dict[BatchId, BatchHeader] = {}
     for repair_round in range(1, REPAIR_ROUNDS + 1):
         in_stream = await stores.raw_stream.batches(date)
         missing = 0
@@ -164,7 +214,10 @@ async def republish(stores: Stores, directory: Path, date: str) -> int:
             for batch, encoded in read_spool(spool_path(directory, conn)):
                 header = batch.header
                 known = BatchId(conn, header.channel, header.batch)
-                if known in in_stream or known in too_large:
+                if known in in_stream or known in too_large or known in lost:
+                    continue
+                if not spooled_records(encoded, batch):
+                    lost[known] = header
                     continue
                 if len(under_way) >= IN_FLIGHT:
                     await under_way.popleft()
@@ -187,7 +240,7 @@ async def republish(stores: Stores, directory: Path, date: str) -> int:
         await asyncio.gather(*under_way)
         published += missing
         if missing == 0:
-            return published
+            return Republished(published, tuple(lost.values()))
     raise SsmdError(
         f"the stream lost batches again while they were published, {REPAIR_ROUNDS} times",
         where=f"{stores.raw_stream.stream} {date}",
@@ -201,7 +254,9 @@ def undeclared_holes(directory: Path, conn: str) -> list[GapEvent]:
     numbers = Numberings()
     for batch, encoded in read_spool(path):
         if batch.header.seq:
-            numbers.feed(batch.header, spooled_records(encoded, batch))
+            records = spooled_records(encoded, batch)
+            if records:
+                numbers.feed(batch.header, records)
     counts = [count for count in numbers.counts() if count.holes]
     times = _times_around(path, {str(count.sid): count.holes for count in counts})
     events: list[GapEvent] = []
@@ -263,6 +318,20 @@ async def declare_gaps(directory: Path, book: DayBook, date: str, close_ns: int 
     return declared
 
 
+def lost_batch(header: BatchHeader) -> list[GapEvent]:
+    """Return the gap of a batch that neither spool nor stream gives back, named as verification names it."""
+    conn, channel, number = header.conn, header.channel, header.batch
+    gap_id = f"gap-{conn}-archive-{channel}-{number}-{number}"
+    seq = {sid: [low, high] for sid, (low, high, _) in header.seq.items()}
+    scope = {"conn": conn, "channel": channel, "batches": [number, number], "seq": seq}
+    from_ns, to_ns = header.recv_first_ns, max(header.recv_first_ns, header.recv_last_ns)
+    gap = GapOpened(gap_id=gap_id, cause=GapCause.ARCHIVE_DAMAGED, from_ns=from_ns, scope=scope)
+    return [
+        (EventName.GAP_OPENED, gap),
+        (EventName.GAP_CLOSED, GapClosed(gap_id=gap_id, to_ns=to_ns, outcome="stays")),
+    ]
+
+
 async def _closed_ns(setting: Setting, book: DayBook, date: str) -> int:
     """Return when the day closed, 0 where it is not being ended."""
     day = await book.day(date)
@@ -282,6 +351,9 @@ async def main(env_name: str, date: str, stop: asyncio.Event) -> None:
 async def audit(setting: Setting, stores: Stores, date: str) -> None:
     """Repair the stream from the spool and append the final checkpoint."""
     directory = spool_dir(setting.home, setting.env.name, date)
+    mended = await mend(stores, directory, date)
+    if mended:
+        _log.warning("put back %d batches of the spool from the stream", mended)
     for conn in spooled_connections(directory):
         owed = finish_connection(spool_path(directory, conn), setting.clock())
         if owed:
@@ -290,9 +362,12 @@ async def audit(setting: Setting, stores: Stores, date: str) -> None:
     declared = await declare_gaps(directory, book, date, await _closed_ns(setting, book, date))
     if declared:
         _log.warning("told the journal of %d beginnings and ends of gaps that it did not know", declared)
-    repaired = await republish(stores, directory, date)
+    repaired, lost = await republish(stores, directory, date)
     if repaired:
         _log.warning("published %d batches that the stream lacked", repaired)
+    for header in lost:
+        for event, data in lost_batch(header):
+            await tell(book, date, event, data)
     counts = {conn: count_connection(spool_path(directory, conn)) for conn in spooled_connections(directory)}
     messages = sum(c.records for channels in counts.values() for name, c in channels.items() if name != SESSION)
     checkpoint = Checkpoint(

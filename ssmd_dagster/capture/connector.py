@@ -57,6 +57,7 @@ from ssmd_dagster.exchange import (
     SubscriptionLost,
 )
 from ssmd_dagster.stores.connect import Stores, connect
+from ssmd_dagster.stores.stream import BatchTooLargeError
 
 INTERVAL_S = 60.0
 RECONNECT_MIN_S, RECONNECT_MAX_S = 0.25, 30.0
@@ -108,6 +109,7 @@ class Connector:
         self._closing: set[asyncio.Task[None]] = set()
         self._last_conn = last_conn
         self._disk_error: str | None = None
+        self._refused_batches = 0
         self._random = random.Random()
         env = setting.env
         number = shard_number(shard)
@@ -471,9 +473,13 @@ class Connector:
     async def _publish(self, conn: str, channel: str, batch: int, records: int, data: bytes) -> asyncio.Future[int]:
         if self._stores is None:
             raise UnreachableError("not connected to NATS yet")
-        return await self._stores.raw_stream.publish(
-            data, date=self._date, channel=channel, conn=conn, batch=batch, records=records
-        )
+        try:
+            return await self._stores.raw_stream.publish(
+                data, date=self._date, channel=channel, conn=conn, batch=batch, records=records
+            )
+        except BatchTooLargeError:
+            self._refused_batches += 1
+            raise
 
     def _note_disk(self, error: OSError | None) -> None:
         self._disk_error = None if error is None else f"the spool takes nothing: {error}"
@@ -506,6 +512,7 @@ class Connector:
             "acked_records": sum(pipeline.acked_records for pipeline in own),
             "unacked_batches": sum(pipeline.unacked_batches for pipeline in self._pipelines),
             "unacked_bytes": self._waiting_bytes(),
+            "refused_batches": self._refused_batches,
         }
 
 

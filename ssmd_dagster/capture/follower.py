@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 from ssmd_dagster.capture.gaps import SUBSCRIBED, GapLog
@@ -75,7 +76,9 @@ class Follower:
         self._seen_version = -1
         self._gap_number = 0
         self._lost: dict[str, str] = {}
-        """Channels whose subscription the exchange has ended, with the gap that lasts until they are subscribed again."""
+        """Channels whose subscription the exchange has ended, with the gap that lasts until they are whole again."""
+        self._lost_early: dict[int, tuple[int, SubscriptionLost]] | None = None
+        """While a channel is being subscribed: what was ended that is not known yet. Its end may come with its beginning."""
         self._again_at: dict[str, float] = {}
         self._again_after_s: dict[str, float] = {}
         self._snapshots_due: dict[str, int] = {}
@@ -113,16 +116,20 @@ class Follower:
         """The exchange ended a subscription: a gap from here until it is acknowledged again."""
         channel = next((name for name, sid in self._sids.items() if sid == event.sid), None)
         if channel is None:
+            if self._lost_early is not None:
+                self._lost_early[event.sid] = recv_ns, event
             return
         del self._sids[channel]
-        self._recorder.forget(event.sid)
+        heard_ns = self._recorder.forget(event.sid)
+        if event.forgotten and heard_ns is not None:
+            recv_ns = min(recv_ns, heard_ns)
         self._recorder.note_if_open(
             {"event": "subscription_lost", "channel": channel, "sid": event.sid, "reason": event.reason}
         )
-        gap_id = self._gap_id()
-        self._lost[channel] = gap_id
-        scope = {**self._scope, "sid": event.sid, "channel": channel}
-        self._gaps.open(GapOpened(gap_id=gap_id, cause=GapCause.NOT_SUBSCRIBED, from_ns=recv_ns, scope=scope))
+        if channel not in self._lost:  # else it is lost again while it is made anew, and its gap goes on
+            gap_id = self._lost[channel] = self._gap_id()
+            scope = {**self._scope, "sid": event.sid, "channel": channel}
+            self._gaps.open(GapOpened(gap_id=gap_id, cause=GapCause.NOT_SUBSCRIBED, from_ns=recv_ns, scope=scope))
         now = time.monotonic()
         after_s = self._again_after_s.get(channel, 0.0)
         if now - self._again_at.get(channel, -SUBSCRIBE_AGAIN_MAX_S) > SUBSCRIBE_AGAIN_MAX_S:
@@ -194,38 +201,71 @@ class Follower:
             _log.info("no snapshots within %.0f s at the end", LAST_PROOF_TIMEOUT_S)
 
     async def _step(self) -> None:
-        for channel in self._channels:
-            if channel not in self._sids and (channel not in self._market_channels or self._members):
-                await self._subscribe_whole(channel)
-        if self._seen_version == self._roster.version:
-            return
+        """Do whatever there is to do; what fails is tried again by the next step. Raises the first failure, at the end."""
+        wanted = self._roster.tickers()
+        new = self._roster.version != self._seen_version
+        if new and self._market_channels:
+            # Whatever comes in between: from now on somebody knows that these are missed.
+            for batch in batches(sorted(wanted - self._members.keys() - self._refused)):
+                self._open_gap_of_late(batch)
+        whole = [partial(self._subscribe_whole, channel) for channel in self._channels]
+        await self._each([*whole, *([self._follow_roster] if new else [])])
+
+    async def _follow_roster(self) -> None:
         version = self._roster.version
         wanted = self._roster.tickers()
         self._refused.intersection_update(wanted)
         self._close_gaps_of([ticker for ticker in self._missed if ticker not in wanted])
         if self._market_channels:
-            for batch in batches([ticker for ticker in self._members if ticker not in wanted]):
-                await self._delete(batch)
-                self._refused.clear()  # there is room again
-            for batch in batches(sorted(wanted - self._members.keys() - self._refused)):
-                await self._add(batch)
+            gone = batches([ticker for ticker in self._members if ticker not in wanted])
+            await self._each([*(partial(self._delete, batch) for batch in gone), self._add_new])
         else:
             self._members = dict.fromkeys(wanted)
         self._seen_version = version
 
+    async def _add_new(self) -> None:
+        new = batches(sorted(self._roster.tickers() - self._members.keys() - self._refused))
+        await self._each([partial(self._add, batch) for batch in new])
+
+    async def _each(self, doings: Iterable[Callable[[], Awaitable[None]]]) -> None:
+        """Do one after another; none keeps the others from being done by its failure. Raises the first, at the end.
+
+        At once where going on is no use: the connection has ended, there is no room, or the beginning has failed.
+        """
+        failure: SsmdError | None = None
+        for do in doings:
+            try:
+                await do()
+            except MarketLimitError:
+                raise
+            except SsmdError as error:
+                if self._up_ns is None or self._recorder.ended is not None:
+                    raise
+                failure = failure or error
+        if failure is not None:
+            raise failure
+
     async def _subscribe_whole(self, channel: str) -> None:
-        """Subscribe a channel that has no subscription, with all markets that the others have."""
-        if time.monotonic() < self._again_at.get(channel, 0.0):
+        """Subscribe a channel that has no subscription, or not all of it, with all markets that the others have."""
+        if (channel in self._sids and channel not in self._lost) or time.monotonic() < self._again_at.get(channel, 0.0):
             return
-        if channel in self._market_channels:
-            first, *more = batches(list(self._members))
-            self._await_snapshots(channel, list(self._members))
-            await self._subscribe(channel, first)
-            for batch in more:
-                await self._connection.add_markets(self._sids[channel], batch)
-            self._snapshot_at = time.monotonic()
-        else:
+        if channel not in self._market_channels:
             await self._subscribe(channel, None)
+        elif not self._members:
+            return  # it comes with its first markets
+        else:
+            more = batches(list(self._members))
+            self._await_snapshots(channel, list(self._members))
+            if channel not in self._sids:
+                await self._subscribe(channel, more.pop(0))
+            sid = self._sids.get(channel)
+            for batch in more:
+                if sid is None or self._sids.get(channel) != sid:
+                    return  # ended again: all of it once more
+                await self._connection.add_markets(sid, batch)
+            self._snapshot_at = time.monotonic()
+        if channel not in self._sids:
+            return
         gap_id = self._lost.pop(channel, None)
         if gap_id is not None:
             self._note_subscribed()
@@ -238,22 +278,21 @@ class Follower:
 
     async def _subscribe(self, channel: str, tickers: list[str] | None) -> None:
         began_ns = self._clock()
-        for subscription in await self._connection.subscribe([channel], tickers):
-            self._sids[subscription.channel] = subscription.sid
-            self._recorder.expect(subscription.sid, began_ns)
+        early: dict[int, tuple[int, SubscriptionLost]] = {}
+        self._lost_early = early
+        try:
+            for subscription in await self._connection.subscribe([channel], tickers):
+                self._sids[subscription.channel] = subscription.sid
+                self._recorder.expect(subscription.sid, began_ns)
+                if subscription.sid in early:
+                    self.subscription_lost(*early[subscription.sid])
+        finally:
+            self._lost_early = None
 
     async def _add(self, batch: list[str]) -> None:
         """Subscribe a batch of markets on every channel; late, it is a gap."""
-        self._open_gap_of_late(batch)
         try:
-            for channel in self._market_channels:
-                if channel in self._lost:
-                    continue  # it gets them with all others
-                self._await_snapshots(channel, batch)
-                if channel in self._sids:
-                    await self._connection.add_markets(self._sids[channel], batch)
-                else:
-                    await self._subscribe(channel, batch)
+            await self._each(partial(self._add_to, channel, batch) for channel in self._market_channels)
             self._snapshot_at = time.monotonic()
         except MarketLimitError as error:
             # The others shall not suffer from it. The gap stays open: these markets are not recorded.
@@ -270,14 +309,26 @@ class Follower:
             self._recorder.note_if_open({"event": "added", "tickers": batch})
         self._close_gaps_of(batch)
 
+    async def _add_to(self, channel: str, batch: list[str]) -> None:
+        if channel in self._lost:
+            return  # it gets them with all others
+        self._await_snapshots(channel, batch)
+        if channel in self._sids:
+            await self._connection.add_markets(self._sids[channel], batch)
+        else:
+            await self._subscribe(channel, batch)
+
     async def _delete(self, batch: list[str]) -> None:
-        for channel in self._market_channels:
-            if channel in self._sids:
-                await self._connection.delete_markets(self._sids[channel], batch)
+        await self._each(partial(self._delete_from, channel, batch) for channel in self._market_channels)
         for ticker in batch:
             self._members.pop(ticker, None)
             self._snapshots_due.pop(ticker, None)
+        self._refused.clear()  # there is room again
         self._recorder.note_if_open({"event": "deleted", "tickers": batch})
+
+    async def _delete_from(self, channel: str, batch: list[str]) -> None:
+        if channel in self._sids:
+            await self._connection.delete_markets(self._sids[channel], batch)
 
     def _open_gap_of_late(self, batch: list[str]) -> None:
         """Open a gap of those that are missed by now; one whose command failed before has its gap, and keeps it."""

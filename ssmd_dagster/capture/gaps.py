@@ -145,13 +145,20 @@ def gaps_between(spool: Path, shard: str, close_ns: int = 0) -> list[Lost]:
 
 
 def _noted_ns(path: Path, event: str) -> int | None:
-    """Return when a connection noted an event for the first time, if it did so near its beginning."""
+    """Return when a connection noted an event for the first time, if it did so near its beginning.
+
+    Where nothing but a note that the disk has spoilt can have been it, that one was: else nobody would miss what came behind.
+    """
     session = (item for item in islice(read_spool(path), _BEGINNING_BATCHES) if item[0].header.channel == SESSION)
+    spoilt_ns: int | None = None
     for batch, encoded in session:
-        for noted, recv_ns, _ in _notes(spooled_records(encoded, batch)):
+        records = spooled_records(encoded, batch)
+        if not records and spoilt_ns is None:
+            spoilt_ns = batch.header.recv_last_ns
+        for noted, recv_ns, _ in _notes(records):
             if noted == event:
                 return recv_ns
-    return None
+    return spoilt_ns
 
 
 def _notes(session_records: bytes) -> Iterator[tuple[str, int, dict[str, Any]]]:
@@ -364,7 +371,8 @@ class GapLog:
     async def run(self, stores: Stores, clock: Clock, env: str, date: str) -> None:
         """Append what is waiting, in order, until cancelled; a journal that does not answer is asked again."""
         book = DayBook(env, stores.journal, stores.cache, clock, f"capture:{self._component}")
-        await self._find_left_open(book, date)
+        while not await self._find_left_open(book, date):
+            await asyncio.sleep(RETRY_AFTER_S)
         while True:
             while self._waiting:
                 if await self._append(book, date, *self._waiting[0]):
@@ -383,11 +391,15 @@ class GapLog:
                 self._all_told.set()
                 await self._more.wait()
 
-    async def _find_left_open(self, book: DayBook, date: str) -> None:
-        """Take over the gaps that an earlier process of this component left open."""
-        day = await book.day(date)
+    async def _find_left_open(self, book: DayBook, date: str) -> bool:
+        """Take over the gaps that an earlier process of this component left open; False where the journal cannot be read."""
+        try:
+            day = await book.day(date)
+        except SsmdError as error:  # publishing goes on beside it
+            _log.warning("which gaps an earlier process left open is not known yet: %s", error)
+            return False
         if day is None:
-            return
+            return True
         mine = {*self._opened, *(data.gap_id for _, data in self._waiting)}
         self._left_open = [
             gap.gap_id
@@ -395,6 +407,7 @@ class GapLog:
             if gap.outcome == "open" and gap.scope.get("component") == self._component and gap.gap_id not in mine
         ]
         self._close_left_open()
+        return True
 
     def _close_left_open(self) -> None:
         if self._first_up_ns is not None:

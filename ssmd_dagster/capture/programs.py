@@ -19,6 +19,7 @@ REPLAYER = "replayer"
 PLAYER = "player"
 LIVE = "live"
 """Stands for the date in the heartbeat of what outlives days: the gateway."""
+_CONNECTOR = "connector-"
 _SHARE = 0.9
 """How full the shards are when all markets are there: a hash spreads them evenly, but not exactly."""
 
@@ -65,17 +66,22 @@ def shard_number(shard: str) -> int:
 def connector_names(env: Environment) -> tuple[str, ...]:
     """Return the components that record: one per shard, and as many again with `connections: 2`."""
     return tuple(
-        f"connector-{replica}{number if number > 1 else ''}"
+        f"{_CONNECTOR}{replica}{number if number > 1 else ''}"
         for replica in "ab"[: env.capture.connections]
         for number in range(1, shard_count(env) + 1)
     )
+
+
+def is_connector(program: str) -> bool:
+    """Tell whether a program of a day's group is one of its connectors, of which the environment may have had more before."""
+    return program.startswith(_CONNECTOR)
 
 
 def markets_subscribed(env: Environment, beats: Mapping[str, Mapping[str, Any]]) -> int:
     """Return over how many markets the connectors' heartbeats say that they record; what two record counts once."""
     of_replica: dict[str, int] = {}
     for name in connector_names(env):
-        replica = name.removeprefix("connector-")[0]
+        replica = name.removeprefix(_CONNECTOR)[0]
         of_replica[replica] = of_replica.get(replica, 0) + int(beats.get(name, {}).get("markets", 0))
     return max(of_replica.values(), default=0)
 
@@ -89,7 +95,7 @@ def day_programs(setting: Setting, date: str) -> list[Program]:
     """Return the programs of one trading day: its connectors and its archiver."""
     name = setting.env.name
     connectors = [
-        _python(component, "connector", name, date, component.removeprefix("connector-"))
+        _python(component, "connector", name, date, component.removeprefix(_CONNECTOR))
         for component in connector_names(setting.env)
     ]
     return [*connectors, _python(ARCHIVER, "archiver", name, date)]

@@ -242,11 +242,11 @@ class Recorder:
         """Say that a subscription has begun, asked for at `now_ns`: its first number is 1."""
         self.sequences.expect(sid, now_ns)
 
-    def forget(self, sid: int) -> None:
-        """Count a subscription's sequence as over; the exchange may use its number again."""
+    def forget(self, sid: int) -> int | None:
+        """Count a subscription's sequence as over; the exchange may use its number again. Return when it was heard last."""
         self.flush()
         self._tell_holes(at_once=True)
-        self.sequences.forget(sid)
+        return self.sequences.forget(sid)
 
     def counts(self) -> dict[str, ChannelCount]:
         """Return what has been handed over so far, by channel."""

@@ -11,8 +11,12 @@ from bisect import bisect_right, insort
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from ssmd_dagster.archive.numbering import MAX_HOLE
+
 GRACE_LOOKS = 2
 """How often `due` is asked before a hole counts as one: neighbours that came in the wrong order are none."""
+NEW_NUMBERS = 100
+"""So many ascending numbers in a row that do not belong here, come before or far above, are a numbering that began anew."""
 MAX_HOLES = 1_000
 """Holes of one sid that can still be filled; of older ones it is not known any more which numbers were missing."""
 
@@ -50,7 +54,18 @@ class Hole:
 
 
 class _Sid:
-    __slots__ = ("early", "expected", "first", "first_ns", "holes", "last_ns", "next")
+    __slots__ = (
+        "early",
+        "expected",
+        "first",
+        "first_ns",
+        "holes",
+        "last_ns",
+        "next",
+        "stray_first",
+        "stray_last",
+        "strays",
+    )
 
     def __init__(self, first: int, now_ns: int, *, expected: bool = False) -> None:
         self.expected = expected
@@ -59,6 +74,7 @@ class _Sid:
         self.early: set[int] = set()
         self.last_ns = now_ns
         self.holes: list[Hole] = []
+        self.strays = self.stray_first = self.stray_last = 0
 
 
 class Sequences:
@@ -80,7 +96,7 @@ class Sequences:
     def expect(self, sid: int, now_ns: int) -> None:
         """Say that a subscription has begun, at `now_ns` or later: its first number is 1, whatever has come by now."""
         state = self._sids.get(sid)
-        if state is None:
+        if state is None or state.first - 1 > MAX_HOLE:
             self._sids[sid] = _Sid(1, now_ns, expected=True)
         elif not state.expected:
             state.expected = True
@@ -96,10 +112,11 @@ class Sequences:
         del state.holes[:-MAX_HOLES]
         self._young.append(hole)
 
-    def forget(self, sid: int) -> None:
-        """Say that a subscription is over; its number may be used again."""
-        self._sids.pop(sid, None)
+    def forget(self, sid: int) -> int | None:
+        """Say that a subscription is over; its number may be used again. Return when its last frame came, or it began."""
+        state = self._sids.pop(sid, None)
         self._young = [hole for hole in self._young if hole.sid != sid]
+        return None if state is None else state.last_ns
 
     def in_order(self, sid: int, seqs: list[int], last_ns: int) -> bool:
         """Take numbers that follow on one another and on those before; False, and nothing is taken, if they do not."""
@@ -111,6 +128,7 @@ class Sequences:
             return False
         state.next = first + len(seqs)
         state.last_ns = last_ns
+        state.strays = 0
         return True
 
     def feed(self, sid: int, arrivals: Iterable[Arrival]) -> None:
@@ -121,22 +139,37 @@ class Sequences:
                 state = self._sids[sid] = _Sid(seq, recv_ns)
             if seq == state.next:
                 state.next = seq + 1
-            elif seq > state.next:
+            elif state.next < seq <= state.next + MAX_HOLE:
                 self._open(state, Hole(sid, state.next, seq - 1, state.last_ns, max(recv_ns, state.last_ns)))
                 state.next = seq + 1
-            else:
-                self._late(state, seq)
+            elif seq > state.next or not self._late(state, seq):
+                if self._is_anew(state, seq):
+                    # Nobody knows what came in between; the numbers that told of it are the hole.
+                    hole = Hole(sid, state.stray_first, seq, state.last_ns, max(recv_ns, state.last_ns))
+                    state = self._sids[sid] = _Sid(seq + 1, recv_ns, expected=True)
+                    self._young.append(hole)
+                continue
             state.last_ns = recv_ns
+            state.strays = 0
 
-    def _late(self, state: _Sid, seq: int) -> None:
+    def _is_anew(self, state: _Sid, seq: int) -> bool:
+        """Take note of a number that does not belong here; tell whether the exchange has begun to number anew."""
+        if not state.strays or not state.stray_last < seq <= state.stray_last + MAX_HOLE:
+            state.strays, state.stray_first = 0, seq
+        state.strays += 1
+        state.stray_last = seq
+        return state.strays >= NEW_NUMBERS
+
+    def _late(self, state: _Sid, seq: int) -> bool:
+        """Take a number that should have come before; False if it had."""
         if not state.expected and 1 <= seq < state.first and seq not in state.early:
             state.early.add(seq)
-            return
+            return True
         index = bisect_right(state.holes, seq, key=lambda hole: hole.first) - 1
         hole = state.holes[index] if index >= 0 else None
         if hole is None or seq > hole.last or seq in hole.filled:
             self.duplicates += 1
-            return
+            return False
         hole.filled.add(seq)
         if hole.declared:
             self.healed += 1
@@ -148,6 +181,7 @@ class Sequences:
                 self._healed.append(hole)
             else:
                 self._young.remove(hole)
+        return True
 
     def due(self, *, at_once: bool = False) -> list[Hole]:
         """Return the holes that count from now on: those that `GRACE_LOOKS` looks did not see filled, or all `at_once`."""

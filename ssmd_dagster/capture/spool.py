@@ -5,6 +5,7 @@ What is in the spool is safe from a crash of this process and of NATS. Not here:
 
 from __future__ import annotations
 
+import logging
 import mmap
 import os
 import re
@@ -12,10 +13,12 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ssmd_dagster.archive.batch import Batch, decode_records, scan, scan_back
+from ssmd_dagster.archive.batch import Batch, BatchDamagedError, decode_records, read_whole, scan, scan_back
 
 _SUFFIX = ".batches"
 _CONN = re.compile(r"(?P<epoch>\d+)-(?P<shard>[a-z]+[0-9]*)-(?P<number>\d+)")
+
+_log = logging.getLogger(__name__)
 
 
 def spool_path(directory: Path, conn: str) -> Path:
@@ -145,8 +148,28 @@ def _mapped(path: Path) -> Iterator[memoryview]:
 
 
 def spooled_records(encoded: bytes, batch: Batch) -> bytes:
-    """Return the records of one batch that `read_spool` gave, checked against its header."""
-    return decode_records(encoded, Batch(batch.header, 0, batch.data_end - batch.start, batch.end - batch.start))
+    """Return the records of one batch that `read_spool` gave, checked against its header.
+
+    Empty, which no whole batch is, where the disk has spoilt them; that is logged. Whoever reads on reads what is left.
+    """
+    try:
+        return decode_records(encoded, Batch(batch.header, 0, batch.data_end - batch.start, batch.end - batch.start))
+    except BatchDamagedError as error:
+        _log.error("passed over in the spool: %s", error.what)
+        return b""
+
+
+def mend_spool(path: Path, batch: Batch, encoded: bytes) -> bool:
+    """Put a copy of a spoilt batch in its place, fsynced; False, and nothing is written, where the copy is not the same."""
+    copy = read_whole(encoded)
+    if copy is None or copy.header != batch.header or len(encoded) != batch.end - batch.start:
+        return False
+    with path.open("r+b") as file:
+        file.seek(batch.start)
+        file.write(encoded)
+        file.flush()
+        os.fsync(file.fileno())
+    return True
 
 
 def append_to_spool(path: Path, end: int, encoded: bytes) -> None:

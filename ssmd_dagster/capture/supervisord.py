@@ -109,8 +109,7 @@ async def start_supervisor(home: Path) -> tuple[SupervisordSupervisor, bool, lis
         supervisor = connect_supervisor(home)
         await supervisor.ping()
     except UnreachableError as error:
-        living = [process for process in marked_processes(home) if _group_of(process) == GROUP]
-        if living:
+        if living := _supervisors(home):
             raise UnreachableError(
                 f"supervisord (pid {living[0].pid}) runs and does not answer",
                 where=str(home),
@@ -136,6 +135,15 @@ async def start_supervisor(home: Path) -> tuple[SupervisordSupervisor, bool, lis
     return supervisor, True, orphans
 
 
+async def supervisor_is_gone(home: Path) -> bool:
+    """Say whether no supervisord of this home lives. One that lives and does not answer may own a capture: not gone."""
+    try:
+        await connect_supervisor(home).ping()
+    except (UnreachableError, ConfigurationError):
+        return not await asyncio.to_thread(_supervisors, home)
+    return False
+
+
 async def end_supervisor(home: Path) -> list[str]:
     """Shut supervisord down and make sure that nothing of this home runs; name what had to be ended.
 
@@ -148,7 +156,7 @@ async def end_supervisor(home: Path) -> list[str]:
         ended = await end_processes(home)
     else:
         deadline = time.monotonic() + END_TIMEOUT_S
-        while time.monotonic() < deadline and any(_group_of(process) == GROUP for process in marked_processes(home)):
+        while time.monotonic() < deadline and _supervisors(home):
             await asyncio.sleep(_POLL_S)
         ended = await end_processes(home)
     _remove_socket(home)
@@ -159,6 +167,10 @@ def marked_processes(home: Path) -> list[psutil.Process]:
     """Return the living processes that carry this home's mark, without the caller and those above it."""
     own = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
     return [process for process in psutil.process_iter() if process.pid not in own and _is_marked(process, home)]
+
+
+def _supervisors(home: Path) -> list[psutil.Process]:
+    return [process for process in marked_processes(home) if _group_of(process) == GROUP]
 
 
 async def end_processes(home: Path) -> list[str]:

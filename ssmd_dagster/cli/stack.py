@@ -3,6 +3,7 @@
 `ssmd up` stays in the foreground with a live screen until Ctrl-C, which takes everything down and exits with 0, since
 that is how it is meant to end; interrupted before all is ready it takes everything down as well, and exits with 130.
 With `--detach` an interruption ends only the waiting (130). A part that fails leaves the others running in both modes.
+Without a terminal, as a service, it also ends once supervisord is gone, with an error: who runs it starts it again then.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import click
 
 from ssmd_dagster.capture import stack
 from ssmd_dagster.capture.supervisor import ProcessState
+from ssmd_dagster.capture.supervisord import supervisor_is_gone
 from ssmd_dagster.cli import output
 from ssmd_dagster.environments.home import dagster_dir, exchanges_dir, project_dir, ssmd_home
 from ssmd_dagster.environments.loader import load_registry
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 _REFRESH_S = 1.0
+_LOOK_S = 5.0
+_MISSED_LOOKS = 3
 _STATE_STYLES = {"RUNNING": "green", "STARTING": "yellow", "STOPPING": "yellow", "BACKOFF": "red", "FATAL": "red"}
 
 
@@ -178,9 +182,9 @@ def _as_json(environments: Sequence[Environment], home: Path, result: stack.Up) 
 async def _stay(
     environments: Sequence[Environment], home: Path, result: stack.Up, interrupted: asyncio.Event, *, as_json: bool
 ) -> None:
-    """Show what runs until interrupted; where stdout is no terminal, only wait."""
+    """Show what runs until interrupted; where stdout is no terminal, only wait while there is a supervisord."""
     if as_json or not sys.stdout.isatty():
-        await interrupted.wait()
+        await _wait(home, interrupted, as_json=as_json)
         return
     from rich.live import Live
 
@@ -189,9 +193,29 @@ async def _stay(
         with Live(screen=True, auto_refresh=False) as live:
             while not interrupted.is_set():
                 live.update(_screen(environments, result, await _look(watch), watch.days), refresh=True)
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(_REFRESH_S):
-                        await interrupted.wait()
+                await _pause(interrupted, _REFRESH_S)
+
+
+async def _wait(home: Path, interrupted: asyncio.Event, *, as_json: bool) -> None:
+    """Wait until interrupted. Raises `UnreachableError`, with nothing left running, once supervisord is gone."""
+    missed = 0
+    while not interrupted.is_set():
+        await _pause(interrupted, _LOOK_S)
+        missed = missed + 1 if await supervisor_is_gone(home) else 0
+        if missed == _MISSED_LOOKS and not interrupted.is_set():
+            # Whoever runs this as a service kills what is left of it; told to end, a connector loses nothing.
+            await stack.down(home, report=_report(quiet=as_json))
+            raise UnreachableError(
+                "supervisord is gone, so nothing that dies would be started again; stopped what it left behind",
+                where=str(home),
+                do="Run `ssmd up` again (a service does so by itself); the day comes back with `ssmd day recover`",
+            )
+
+
+async def _pause(interrupted: asyncio.Event, length_s: float) -> None:
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(length_s):
+            await interrupted.wait()
 
 
 async def _look(watch: stack.Watch) -> list[ProcessState] | str:

@@ -114,7 +114,8 @@ class TradingDay(msgspec.Struct, frozen=True, kw_only=True):
         started_ns: When the day first became ACTIVE (a replay: when that replay did).
         ended_ns: When the end that holds was first asked for; None while the day runs.
         recorded_from_ns: The same of live recording alone, which no replay changes; `recorded_until_ns` likewise.
-        open_ns: Start of the window where a verb set it, None where the calendar's holds; `close_ns` likewise.
+        open_ns: Start of the window as journaled when it was first ACTIVE, or by a start by hand; None: not yet, the calendar's
+            holds. `close_ns` likewise, journaled by its end.
         ever_active: The day was ACTIVE at least once, in any revision; `recorded`: it was so live.
         recorded_with: The day whose recording went on through all of this one, which nobody started.
         messages: Records of the day, from `completed` or the latest checkpoint that gave a total.

@@ -210,7 +210,8 @@ def _checked(day: TradingDay | None, event: DayEvent) -> Any:
     else:
         if (event.env, event.date) != (day.env, day.date):
             raise BadEventError(f"an event of another day than {day.env} {day.date}", where=where)
-        if event.event is EventName.END_REQUESTED and state is DayState.FAILED and not day.ever_active:
+        wants_active = {EventName.END_REQUESTED: True, EventName.MISSED: False}.get(event.event, day.ever_active)
+        if state is DayState.FAILED and wants_active != day.ever_active:
             raise illegal_transition(state, event.event, where=where)
     if (state, event.event) in TRANSITIONS:
         if (event.from_, event.to) != (state, to):

@@ -113,6 +113,9 @@ def judge(look: Look, seen: Mapping[str, int]) -> Verdict:
         warnings.append(f"the archive lags {lag_s:.0f} s behind")
     if (full := nearly_full_words(look.stream_share)) is not None:
         warnings.append(full)
+    for name in look.recorders:
+        if refused := look.beats.get(name, {}).get("refused_batches"):
+            warnings.append(f"{name}: {refused} batches are too large for NATS (`max_payload`) and stay in the spool")
     if look.maintenance and is_doubtful(look):
         warnings.append("the exchange is in announced maintenance")
     elif look.open is False:

@@ -30,7 +30,7 @@ class StartRequested(Payload, frozen=True, kw_only=True):
 
 
 class Started(Payload, frozen=True, kw_only=True):
-    """The day is ACTIVE. `open_ns` is set where a manual verb took effect at that instant."""
+    """The day is ACTIVE. `open_ns` begins its window: the schedule's boundary, or when a manual verb took effect."""
 
     open_ns: int | None = None
     markets: int | None = None
@@ -93,7 +93,10 @@ class DriftFound(Payload, frozen=True, kw_only=True):
 
 
 class EndRequested(Payload, frozen=True, kw_only=True):
-    """An attempt to end. `close_ns` is set where a manual verb closes the window; `forced_by` names who skips proof."""
+    """An attempt to end. `close_ns` ends the window: the schedule's boundary, or when a manual verb closed it.
+
+    `forced_by` names who skips proof.
+    """
 
     close_ns: int | None = None
     forced_by: str | None = None

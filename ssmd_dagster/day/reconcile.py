@@ -101,8 +101,9 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Run(msgspec.Struct, frozen=True, kw_only=True):
-    """One run of a verb for a day that has been asked for; `ended_s` is None while it is queued or runs."""
+    """One run of a verb for a day; `ended_s` is None while it is queued or runs."""
 
+    run_id: str = ""
     ended_s: float | None
     succeeded: bool
 
@@ -178,6 +179,11 @@ def after_failure(env: str, day: TradingDay, *, over: bool) -> str:
     return command_of(verb, env, day.date)
 
 
+def lacks_recorder(day: TradingDay) -> bool:
+    """Tell whether a day failed to start, and no other day is known to have recorded on through it."""
+    return day.state is DayState.FAILED and not day.ever_active and day.recorded_with is None
+
+
 def covered_by(book: Book, calendar: TradingCalendar, date: Date, facts: Facts) -> str | None:
     """Return the day whose recording held this whole date, None where there is none: it recorded on, its roll was late."""
     opens, closes = calendar.open_ns(date), calendar.close_ns(date)
@@ -205,18 +211,18 @@ class _Planning:
         self._flags: list[Flag] = []
         self._waiting: list[str] = []
         self._rolling: str | None = None
+        # Days that were only replayed make nothing be expected of those around them.
+        self._began = min((day.date for day in book.days.values() if day.mode == "live" and day.epoch), default=None)
 
     def plan(self) -> Plan:
         self._rolling = self._to_roll()
         first = max(Date.fromisoformat(min(self._book.days)), self._today - LOOK_BACK_DAYS * _ONE_DAY)
         last = max(self._today, Date.fromisoformat(max(self._book.days)))
-        # Days that were only replayed make nothing be expected of those around them.
-        began = min((day.date for day in self._book.days.values() if day.mode == "live" and day.epoch), default=None)
         date = first
         while date <= last:
             day = self._book.days.get(date.isoformat())
             if day is None or day.state is _S.PENDING:
-                if began is not None and date.isoformat() > began:
+                if self._began is not None and date.isoformat() > self._began:
                     self._absent(date)
             else:
                 self._present(date, day)
@@ -294,7 +300,9 @@ class _Planning:
             self._cut_off.append(CutOff(date=day.date, error="its start was cut off, and the day is over"))
         elif self._is_cut_off(day):
             self._ask("start", date, "its start was cut off")
-        if not self._over(date) and self._idle_s(day) > START_LATE_S:
+        # The first day is begun at any hour, and one that was ACTIVE before was in time: then its start alone may be late.
+        begun_now = day.ever_active or (day.date == self._began and len(day.epochs) == 1)
+        if not self._over(date) and (not begun_now or self._idle_s(day) > START_LATE_S):
             self._late_start(date, "its start is under way")
 
     def _running(self, date: Date, day: TradingDay) -> None:
@@ -314,7 +322,14 @@ class _Planning:
         failure = day.failure
         transient = failure is not None and failure.transient
         cause = day.error or "it failed"
-        if not self._over(date):
+        over = self._over(date)
+        if over and lacks_recorder(day):
+            cover = covered_by(self._book, self._calendar, date, self._facts)
+            if cover is not None:
+                reason = f"{RECORDED_WITH} {cover}"
+                self._missed.append(Missed(date=day.date, reason=reason, recorded_with=cover))
+                return
+        if not over:
             if day.ended_ns is not None:
                 self._again("end", date, transient, cause)
                 return
@@ -338,6 +353,8 @@ class _Planning:
             self._ask("end", date, f"it is over, and what it holds is not proved: {cause}")
         else:
             self._again("replay" if day.mode == "replay" else "end", date, transient, cause)
+        if day.ever_active and day.mode == "live":
+            self._late_end(date, cause)
 
     def _again(self, verb: Verb, date: Date, transient: bool, cause: str) -> None:
         if transient:

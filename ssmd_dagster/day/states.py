@@ -80,6 +80,9 @@ TRANSITIONS: dict[tuple[DayState | None, EventName], Transition] = {
     (_S.ENDING, _E.END_REQUESTED): Transition(_S.ENDING, "end, once the owner's lease is gone"),
     (_S.ENDING, _E.COMPLETED): Transition(_S.COMPLETE, "the epoch's owner"),
     (_S.ENDING, _E.END_FAILED): Transition(_S.FAILED, "the owner; anyone once its lease is gone"),
+    (_S.FAILED, _E.MISSED): Transition(
+        _S.FAILED, "reconcile, end: if it never was ACTIVE, and another day recorded on through all of it"
+    ),
     (_S.FAILED, _E.START_REQUESTED): Transition(
         _S.STARTING, "start; reconcile, with back-off, while the window is open and the cause was transient"
     ),

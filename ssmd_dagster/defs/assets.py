@@ -47,9 +47,6 @@ _KINDS = {
     "coverage": {"parquet", "table"},
     "raw": {"json"},
 }
-_OBSERVED = frozenset(
-    {EventName.VERIFIED, EventName.CONDITION_CHANGED, EventName.SEALED, EventName.GAP_OPENED, EventName.GAP_CLOSED}
-)
 _LEDGER_COLUMNS = (
     *("received", "spooled", "published", "archived", "normalised", "duplicates", "control", "rejected_total"),
     *("other_day", "opening_fold"),
@@ -77,14 +74,6 @@ def assets_of(environment: Environment) -> list[dg.AssetSpec]:
         )
         for name, description in _DESCRIPTIONS.items()
     ]
-
-
-def is_shown(news: News) -> bool:
-    """Say whether an event goes into the catalog: every transition, and what changes what is known of a day."""
-    return news.event.to is not None or news.event.event in _OBSERVED or news.event.event in _OF_ENVIRONMENT
-
-
-_OF_ENVIRONMENT = frozenset({EventName.PAUSED, EventName.RESUMED})
 
 
 def is_made(news: News) -> bool:

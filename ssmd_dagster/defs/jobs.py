@@ -15,14 +15,14 @@ import dagster as dg
 
 from ssmd_dagster.defs import ops
 from ssmd_dagster.defs.partitions import trading_days
-from ssmd_dagster.defs.resources import DayDesk
+from ssmd_dagster.defs.resources import MAX_RUNTIME, DayDesk
 from ssmd_dagster.environments.loader import Registry
 from ssmd_dagster.environments.models import Environment
 
 START_TIMEOUT_S = 15 * 60
 SYNC_TIMEOUT_S = 10 * 60
 END_TIMEOUT_S = 12 * 3600
-"""`dagster/max_runtime`: an end or a roll waits for an archiver with a backlog and reads the whole day back."""
+"""`dagster/max_runtime`: an end, a roll or a recovery may wait for an archiver with a backlog and reads the whole day back."""
 
 
 @dg.graph(description="Bring up what records a trading day, step by step.")
@@ -108,7 +108,7 @@ def jobs_of(environment: Environment, resource_overrides: Mapping[str, Any]) -> 
             tags={
                 "ssmd/environment": name,
                 **lanes,
-                "dagster/max_runtime": str(timeout_s),
+                MAX_RUNTIME: str(timeout_s),
                 # The Partitions tab counts runs by this tag, which a launch over GraphQL or the CLI does not add.
                 "dagster/partition_set": f"{job_name}_partition_set",
             },
@@ -128,6 +128,9 @@ def jobs_of(environment: Environment, resource_overrides: Mapping[str, Any]) -> 
             "COMPLETE with ledger and condition. A day that is COMPLETE already is a success, a failed end goes on "
             f"with the same job. The same as `ssmd day end {name}`.",
             END_TIMEOUT_S,
+            lanes={
+                "ssmd/lane": f"{name}/end"
+            },  # however long it proves a day, the next one's start does not wait for it
         ),
         "roll": job(
             roll_day,
@@ -135,12 +138,16 @@ def jobs_of(environment: Environment, resource_overrides: Mapping[str, Any]) -> 
             f"the boundary, then the partition's day is ended. The same as `ssmd day roll {name}`.",
             END_TIMEOUT_S,
             rolls=True,
+            lanes={
+                "ssmd/lane": f"{name}/live",
+                "dagster/priority": "1",
+            },  # before starts that somebody launched over a range
         ),
         "recover": job(
             recover_day,
             f"Recovers the trading day of the partition in {name} from whatever was killed, to ACTIVE or on to COMPLETE. "
             f"It waits for no other run: the journal's epoch is the lock. The same as `ssmd day recover {name}`.",
-            START_TIMEOUT_S,
+            END_TIMEOUT_S,
             lanes={},
         ),
         "replay": job(

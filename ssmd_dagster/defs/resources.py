@@ -10,6 +10,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
@@ -39,6 +40,10 @@ TRIES = 2
 CONNECT_AGAIN_S = (1.0, 3.0)
 """Pauses before a run connects again to servers that did not answer."""
 THREAD_TIMEOUT_S = 5.0
+MAX_RUNTIME = "dagster/max_runtime"
+"""The tag that says after how many seconds Dagster stops a run."""
+LAUNCH_S = 60.0
+"""How much later than Dagster, at the most, a run sees itself begin."""
 
 _ASKED_BY_CLOCK = {"dagster/schedule_name", "dagster/sensor_name"}
 """Tags that Dagster gives to what its daemon launches, but to no backfill."""
@@ -116,15 +121,18 @@ class Background:
 class DaySession:
     """One run at work: its desk, opened by the first step that needs it, and its attempts by verb.
 
-    `unattended`: a schedule or a sensor has asked for the run, not a person.
+    `unattended`: a schedule or a sensor has asked for the run, not a person. Dagster stops it after `most_s`.
     """
 
-    def __init__(self, environment: str, run_id: str, *, rolls: bool, unattended: bool = False) -> None:
+    def __init__(
+        self, environment: str, run_id: str, *, rolls: bool, unattended: bool = False, most_s: float = math.inf
+    ) -> None:
         self._environment = environment
         self._run_id = run_id
         self._actor = f"dagster:{run_id}"
         self._rolls = rolls
         self._unattended = unattended
+        self._limit_s = time.monotonic() + most_s - LAUNCH_S
         self._background = Background(f"desk-{run_id[:8]}")
         self._stack = contextlib.AsyncExitStack()
         self._desk: Desk | None = None
@@ -178,6 +186,7 @@ class DaySession:
         attempt = self._attempts.get(verb)
         if attempt is None:
             attempt = self._attempts[verb] = await self._new_attempt(verb, partition)
+            attempt.limit_s = self._limit_s
         try:
             await work(attempt)
         except (SsmdError, asyncio.CancelledError):  # as an attempt fails: it is journaled
@@ -281,7 +290,13 @@ class DayDesk(dg.ConfigurableResource):  # type: ignore[type-arg] # it is its ow
                 allow_retries=False,
             )
         unattended = not _ASKED_BY_CLOCK.isdisjoint(context.run.tags)
-        self._session = DaySession(self.environment, context.run.run_id, rolls=self.rolls, unattended=unattended)
+        self._session = DaySession(
+            self.environment,
+            context.run.run_id,
+            rolls=self.rolls,
+            unattended=unattended,
+            most_s=float(context.run.tags.get(MAX_RUNTIME, math.inf)),
+        )
         try:
             yield self
         finally:

@@ -18,9 +18,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import dagster as dg
+import msgspec
 
-from ssmd_dagster.day.reconcile import Ask, Flag, Run, command_of, permission
-from ssmd_dagster.defs.assets import is_judged, is_made, is_shown, materialisations, observation
+from ssmd_dagster.day.reconcile import Ask, Flag, Plan, Run, command_of, permission
+from ssmd_dagster.defs.assets import is_judged, is_made, materialisations, observation
 from ssmd_dagster.defs.checks import evaluations
 from ssmd_dagster.defs.lost import fail_lost_runs
 from ssmd_dagster.defs.moved import moved_clocks_sensor
@@ -33,15 +34,16 @@ from ssmd_dagster.workflows import alerts
 from ssmd_dagster.workflows.alerts import Alert, Target
 from ssmd_dagster.workflows.desk import Desk
 from ssmd_dagster.workflows.drawing import draw
-from ssmd_dagster.workflows.follow import Follower, News
+from ssmd_dagster.workflows.follow import Follower, Look, News, Place
 from ssmd_dagster.workflows.health import Health, look_after
 from ssmd_dagster.workflows.holdings import Holdings, holdings
-from ssmd_dagster.workflows.reconcile import CANCELLED, FAILED, reconcile, run_ended
+from ssmd_dagster.workflows.reconcile import CANCELLED, FAILED, at_work, reconcile, run_ended
 
 JOURNAL_EVERY_S, HEALTH_EVERY_S, RECONCILE_EVERY_S, RUNS_EVERY_S = 5, 15, 30, 15
 OLD_NEWS_S = 3600
-"""Events older than this are shown, but nobody is alerted: a new Dagster reads the whole journal."""
+"""Nobody is alerted to older events that were in the journal before its reading began: a new Dagster reads all of it."""
 MOST_RUNS = 250
+JOURNAL = "sensor:journal"
 BLIND_AFTER = 3
 """Looks in a row that must fail before somebody is told that an environment cannot be seen."""
 
@@ -101,38 +103,38 @@ def _journal_sensor(environments: Environments, watch: Watch, targets: Targets) 
         minimum_interval_seconds=JOURNAL_EVERY_S,
         default_status=dg.DefaultSensorStatus.RUNNING,
         description="Puts what happens to trading days into the asset catalog, whoever did it: Dagster, the command line, a "
-        "process. Its cursor is the journal's sequence per environment.",
+        "process. Its cursor is, per environment, the last event's sequence and hash.",
     )
     def journal(context: dg.SensorEvaluationContext) -> dg.SensorResult:
-        cursor: dict[str, int] = json.loads(context.cursor or "{}")
+        # A number alone was the cursor before hashes were kept.
+        cursor = msgspec.json.decode(context.cursor or "{}", type=dict[str, Place | int])
+        places = {name: Place(seq=at) if isinstance(at, int) else at for name, at in cursor.items()}
 
-        async def look(desk: Desk) -> tuple[list[CatalogEvent], list[Alert], int | None]:
-            news = await followers[desk.env].news(desk, cursor.get(desk.env, 0))
+        async def look(desk: Desk) -> tuple[list[CatalogEvent], list[Alert], Place]:
+            seen = await followers[desk.env].look(desk, places.get(desk.env))
             shown: dict[str, Shown] = {}
-            for entry in news:
+            for entry in seen.news:
                 if entry.day is not None and is_made(entry):
                     held = await holdings(desk, entry.event.date)
                     shown[entry.event.date] = held, await draw(desk, entry.day, held)
             # Whatever goes wrong with the events of one environment is found out here, where it stays its own trouble.
-            told = _worth_telling(desk, news)
-            return _catalog(environments[desk.env], news, shown), told, news[-1].seq if news else None
+            told = _worth_telling(desk, seen)
+            return _catalog(environments[desk.env], seen.news, shown), told, seen.place
 
-        found = watch.look(environments, look, actor="sensor:journal")
+        found = watch.look(environments, look, actor=JOURNAL)
         events: list[CatalogEvent] = []
         for name, answer in found.items():
             if answer.value is None:
                 continue
-            shown, told, last_seq = answer.value
+            shown, told, places[name] = answer.value
             events += shown
             alerts.send(told, targets[name])
-            if last_seq is not None:
-                cursor[name] = last_seq
         return dg.SensorResult(
             asset_events=events,
             skip_reason=_said(
                 f"{len(events)} events put into the catalog" if events else "nothing new", found, environments
             ),
-            cursor=json.dumps(cursor, sort_keys=True),
+            cursor=msgspec.json.encode(places, order="sorted").decode(),
         )
 
     return journal
@@ -141,8 +143,7 @@ def _journal_sensor(environments: Environments, watch: Watch, targets: Targets) 
 def _catalog(environment: Environment, news: Iterable[News], held: Mapping[str, Shown]) -> list[CatalogEvent]:
     events: list[CatalogEvent] = []
     for entry in news:
-        if is_shown(entry):
-            events.append(observation(environment, entry))
+        events.append(observation(environment, entry))
         day = entry.day
         if day is not None and is_made(entry):
             events += materialisations(environment, day, *held[day.date])
@@ -151,12 +152,20 @@ def _catalog(environment: Environment, news: Iterable[News], held: Mapping[str, 
     return events
 
 
-def _worth_telling(desk: Desk, news: Iterable[News]) -> list[Alert]:
+def _worth_telling(desk: Desk, seen: Look) -> list[Alert]:
     now_ns = desk.setting.clock()
-    fresh = [entry for entry in news if now_ns - entry.event.at_ns < OLD_NEWS_S * 1_000_000_000]
+    old_ns = now_ns - OLD_NEWS_S * 1_000_000_000
+    fresh = [entry for entry in seen.news if entry.seq > seen.place.old_seq or entry.event.at_ns > old_ns]
     over = {entry.day.date: desk.window(entry.day).close_ns <= now_ns for entry in fresh if entry.day is not None}
     told = [alerts.of_event(entry.event, entry.day, over=over.get(entry.event.date, False)) for entry in fresh]
+    if seen.lost is not None:
+        told.insert(0, _begun_anew(desk.env, seen.lost))
     return [alert for alert in told if alert is not None]
+
+
+def _begun_anew(name: str, lost: Place) -> Alert:
+    cause = f"it is not the one that was read up to sequence {lost.seq}: restored, or made anew. It is read from its beginning"
+    return alerts.blind(name, "the journal", cause, f"ssmd day history {name}")
 
 
 # health ------------------------------------------------------------------------------------------------------------------
@@ -229,13 +238,27 @@ def _reconcile_sensor(
         told: dict[str, list[str]] = cursor.get("told", {})
         blind: dict[str, int] = cursor.get("blind", {})
         said = _lost_runs(context.instance)
-        found = watch.look(environments, reconcile, actor="sensor:reconcile")
+
+        async def look(desk: Desk) -> Plan:
+            # Their sensor may have looked before the lease was gone; what was cancelled is not to be asked for again.
+            for actor in await at_work(desk):
+                if _is_cancelled(context.instance, actor):
+                    await run_ended(desk, actor, CANCELLED)
+            return await reconcile(desk)
+
+        found = watch.look(environments, look, actor="sensor:reconcile")
         requests: list[dg.RunRequest] = []
         for name, answer in found.items():
-            blind[name] = blind.get(name, 0) + 1 if answer.value is None else 0
+            error = answer.error or watch.latest_error(name, JOURNAL)  # which nobody would hear of otherwise
+            blind[name] = 0 if error is None else blind.get(name, 0) + 1
+            if error is not None and blind[name] == BLIND_AFTER:
+                who = (
+                    "the sensors cannot look at it"
+                    if answer.value is None
+                    else "the sensor `journal` cannot look at it"
+                )
+                alerts.send([alerts.blind(name, who, str(error), f"ssmd day status {name}")], targets[name])
             if answer.value is None:
-                if blind[name] == BLIND_AFTER:
-                    alerts.send([_blind(name, answer.error)], targets[name])
                 continue
             made = answer.value
             if made.paused is not None:
@@ -276,8 +299,9 @@ def _tell(name: str, flags: Sequence[Flag], told: dict[str, list[str]], targets:
     told[name] = sorted(flagged)
 
 
-def _blind(name: str, error: SsmdError | None) -> Alert:
-    return alerts.blind(name, "the sensors cannot look at it", str(error), f"ssmd day status {name}")
+def _is_cancelled(instance: dg.DagsterInstance, actor: str) -> bool:
+    run = instance.get_run_by_id(actor.removeprefix("dagster:")) if actor.startswith("dagster:") else None
+    return run is not None and run.status is dg.DagsterRunStatus.CANCELED
 
 
 # runs --------------------------------------------------------------------------------------------------------------------
@@ -334,27 +358,19 @@ def _requested(
     if why_not:
         said.append(f"{environment.name} {ask.date} needs {ask.verb} ({ask.why}): {why_not}")
         return []
-    # All runs are counted, not those that were looked at: a key that has been used would be passed over for ever.
-    attempt = instance.get_runs_count(_runs_filter(job, ask.date)) + 1
-    return [
-        request_run(
-            ask.date,
-            f"{environment.name}:{ask.date}:{ask.verb}:{attempt}",
-            job,
-            {"ssmd/why": ask.why[:250], "ssmd/attempt": str(attempt)},
-        )
-    ]
-
-
-def _runs_filter(job: str, date: str) -> dg.RunsFilter:
-    return dg.RunsFilter(job_name=job, tags={"dagster/partition": date})
+    # Dagster passes over the key of any run that there is. A run of this one would be newer than the newest.
+    newest = next((run.run_id for run in runs), "first")
+    run_key = f"{environment.name}:{ask.date}:{ask.verb}:{newest}"
+    return [request_run(ask.date, run_key, job, {"ssmd/why": ask.why[:250], "ssmd/attempt": str(allowed.attempt)})]
 
 
 def runs_of(instance: dg.DagsterInstance, job: str, date: str) -> list[Run]:
     """Return the runs of a job for a partition, newest first."""
-    records = instance.get_run_records(_runs_filter(job, date), limit=MOST_RUNS)
+    runs = dg.RunsFilter(job_name=job, tags={"dagster/partition": date})
+    records = instance.get_run_records(runs, limit=MOST_RUNS)
     return [
         Run(
+            run_id=record.dagster_run.run_id,
             ended_s=None
             if record.dagster_run.status in _UNFINISHED
             else record.end_time or record.update_timestamp.timestamp(),

@@ -21,7 +21,8 @@ from ssmd_dagster.errors import SsmdError, UnreachableError
 from ssmd_dagster.workflows.desk import Desk, open_desk
 
 LOOK_TIMEOUT_S = 20.0
-"""How long a look at one environment may take. Dagster gives a tick 60 s in all."""
+"""How long a look at one environment may take, and wait for its turn before. Dagster gives a tick 60 s in all."""
+CLOSE_TIMEOUT_S = 5.0
 TRY_AGAIN_S = (0.0, 5.0, 15.0, 60.0)
 """Pauses before an environment that could not be reached is tried again: more than one failing tick in a row is told."""
 
@@ -59,6 +60,7 @@ class Watch:
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._places: dict[str, _Place] = {}
+        self._latest: dict[tuple[str, str], SsmdError | None] = {}
 
     def look(
         self,
@@ -68,15 +70,25 @@ class Watch:
         actor: str,
         timeout_s: float = LOOK_TIMEOUT_S,
     ) -> Mapping[str, Found[_T]]:
-        """Do `work` at the desks of several environments side by side, each within `timeout_s`; never raises theirs."""
+        """Do `work` at the desks of several environments side by side; never raises theirs.
+
+        Each is given `timeout_s`, and waits as long for its turn: somebody else's look says nothing against an environment.
+        """
 
         async def all_of_them() -> dict[str, Found[_T]]:
             wanted = list(names)
             answers = await asyncio.gather(*(self._one(name, work, actor, timeout_s) for name in wanted))
+            self._latest |= {(name, actor): answer.error for name, answer in zip(wanted, answers, strict=True)}
             return dict(zip(wanted, answers, strict=True))
 
         # The deadline of each look is inside; the second one only guards against a loop that is stuck.
-        return asyncio.run_coroutine_threadsafe(all_of_them(), self._running()).result(2 * timeout_s + 5.0)
+        return asyncio.run_coroutine_threadsafe(all_of_them(), self._running()).result(
+            2 * (timeout_s + CLOSE_TIMEOUT_S)
+        )
+
+    def latest_error(self, name: str, actor: str) -> SsmdError | None:
+        """Return what an actor's latest look at an environment failed of, None where it did not fail."""
+        return self._latest.get((name, actor))
 
     def close(self) -> None:
         """Close all desks and end the loop; the next look begins anew."""
@@ -103,7 +115,14 @@ class Watch:
         if place.error is not None and time.monotonic() < place.closed_until:
             return Found(None, place.error)
         try:
-            async with asyncio.timeout(timeout_s), place.lock:
+            async with asyncio.timeout(timeout_s):
+                await place.lock.acquire()
+        except TimeoutError:
+            return Found(
+                None, UnreachableError(f"busy: another look at it takes longer than {timeout_s:g} s", where=name)
+            )
+        try:
+            async with asyncio.timeout(timeout_s):
                 value = await self._at_desk(name, place, work, actor)
         except SsmdError as error:
             return self._failed(place, error)
@@ -112,6 +131,8 @@ class Watch:
         except Exception as error:  # noqa: BLE001 - a fault of ours in one environment may not silence the others
             _log.exception("looking at %s failed", name)
             return self._failed(place, SsmdError(f"unexpected {type(error).__name__}: {error}", where=name))
+        finally:
+            place.lock.release()
         place.failures, place.error = 0, None
         return Found(value, None)
 
@@ -145,7 +166,7 @@ class Watch:
         if stack is None:
             return
         try:
-            async with asyncio.timeout(LOOK_TIMEOUT_S):
+            async with asyncio.timeout(CLOSE_TIMEOUT_S):
                 await stack.aclose()
         except (TimeoutError, OSError, SsmdError) as error:
             _log.warning("a connection did not close in order: %s", error)

@@ -30,10 +30,12 @@ class Secrets(dict[str, str]):
 def load_secrets(home: Path) -> Secrets:
     """Return the process's environment variables over those of `secrets.env`; no file means none of its own.
 
+    An empty variable counts as not set: the file's holds.
+
     Raises:
         ConfigurationError: The file cannot be read, is open to other users, or has a line that is no `NAME=value`.
     """
-    return Secrets({**_read(secrets_file(home)), **os.environ})
+    return Secrets(_read(secrets_file(home)) | {name: value for name, value in os.environ.items() if value})
 
 
 def add_secrets(home: Path, added: Mapping[str, str]) -> None:

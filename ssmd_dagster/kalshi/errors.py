@@ -17,6 +17,7 @@ __all__ = [
     "TERMINAL_CODES",
     "TOO_MANY_COMMANDS",
     "TOO_MANY_MARKETS",
+    "UNKNOWN_SUBSCRIPTION",
     "ExchangeAnswerError",
     "ExchangeRefusedError",
     "RateLimitedError",
@@ -58,6 +59,8 @@ ERROR_CODES = {
 TERMINAL_CODES = frozenset({10, 25})
 """After these the subscription is dead and has to be made anew; the socket may live on."""
 
+UNKNOWN_SUBSCRIPTION = 7
+"""In the answer to a command about a subscription that was acknowledged: the exchange has forgotten it."""
 TOO_MANY_MARKETS = 26
 TOO_MANY_COMMANDS = 27
 _TRANSIENT_CODES = frozenset({1, 10, 18, 25, TOO_MANY_COMMANDS})

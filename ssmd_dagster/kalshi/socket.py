@@ -31,6 +31,7 @@ from ssmd_dagster.kalshi.commands import Commands, read_error_body, read_sid
 from ssmd_dagster.kalshi.errors import (
     TERMINAL_CODES,
     TOO_MANY_COMMANDS,
+    UNKNOWN_SUBSCRIPTION,
     ExchangeAnswerError,
     ExchangeRefusedError,
     RateLimitedError,
@@ -315,7 +316,13 @@ class KalshiConnection(WSListener):
         for chunk in self._chunks(tickers):
             params: dict[str, object] = {"sids": [sid], "action": action, "market_tickers": chunk}
             snapshots = len(chunk) if action == "get_snapshot" else 0
-            await self._call("update_subscription", params, f"{action} on sid {sid}", snapshots=snapshots)
+            try:
+                await self._call("update_subscription", params, f"{action} on sid {sid}", snapshots=snapshots)
+            except ExchangeRefusedError as error:
+                if error.code == UNKNOWN_SUBSCRIPTION:
+                    lost = SubscriptionLost(sid=sid, reason=f"{error.code} {error.msg}".rstrip(), forgotten=True)
+                    self._sink.on_event(self._clock(), lost)
+                raise
 
     async def _call(self, cmd: str, params: dict[str, object] | None, about: str, *, snapshots: int = 0) -> Envelope:
         """Send a command; one that came too fast for the exchange (code 27) is sent again, some times."""

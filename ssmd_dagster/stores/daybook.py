@@ -14,7 +14,7 @@ from typing import Any
 from ulid import ULID
 
 from ssmd_dagster.clock import Clock
-from ssmd_dagster.day.events import EMPTY_BOOK, Book, TradingDay
+from ssmd_dagster.day.events import EMPTY_BOOK, Book, JournalBrokenError, TradingDay
 from ssmd_dagster.day.folding import fold, new_event
 from ssmd_dagster.day.payloads import Payload
 from ssmd_dagster.day.states import ENVIRONMENT_EVENTS, OPENS_EPOCH, EventName
@@ -84,6 +84,9 @@ class DayBook:
         found = False
         async with aclosing(self._journal.pages(self._tip.seq if self._tip else 0)) as pages:
             async for page in pages:
+                if self._tip is not None and page[0].event.prev_sha256 != self._tip.sha256:
+                    what = "it does not follow the event that was read before: another journal stands there now"
+                    raise JournalBrokenError(page[0].seq, what, where=self.env)
                 self.book = fold(((stored.seq, stored.event) for stored in page), self.book)
                 self._tip = page[-1]
                 found = found or any(stored.event.id == looked_for for stored in page)

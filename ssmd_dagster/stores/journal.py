@@ -141,8 +141,8 @@ class Journal:
 
     async def read_day(self, day: TradingDay) -> list[StoredEvent]:
         """Return all events of a day, as far as `day` knows of them."""
-        stretch = await self.read(day.first_seq - 1, day.last_seq)
-        return [stored for stored in stretch if stored.event.date == day.date]
+        async with aclosing(self.pages(day.first_seq - 1, day.last_seq)) as pages:
+            return [stored async for page in pages for stored in page if stored.event.date == day.date]
 
     async def holds(self, seq: int, sha256: str) -> StoredEvent | None:
         """Return the event of a sequence if it has this SHA-256 (hex), None if another or none is there."""

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from typing import NamedTuple, Self
 
 import nats.js.errors
 from nats.js import JetStreamContext, api
 
-from ssmd_dagster.errors import NotFoundError, SsmdError, UnreachableError
+from ssmd_dagster.errors import ConfigurationError, NotFoundError, SsmdError, UnreachableError
 from ssmd_dagster.stores.jetstream import (
     Publisher,
     StreamMessage,
@@ -35,6 +35,11 @@ _LIST_BATCH = 2000
 _CONSUME_BATCH = 64
 _MAX_LAG = 2000
 _HEADERS_BYTES = 1024
+MAX_PAYLOAD_BYTES = 8 << 20
+"""What the server's `max_payload` must be at least; NATS's own default is an eighth of it."""
+_RAISE_IT = (
+    "Raise max_payload of the NATS server: 8 MiB is what the recorder needs (`max_payload: 8388608`), then reload it"
+)
 NO_BATCH = -1
 
 
@@ -94,7 +99,8 @@ class RawStream:
         """Create the stream unless it is there; a full stream refuses new batches. Sets another `max_bytes` if asked.
 
         Raises:
-            ConfigurationError: A stream of that name has other settings, or the server has no room for `max_bytes`.
+            ConfigurationError: A stream of that name has other settings, or the server has no room for `max_bytes` or takes
+                no messages of `MAX_PAYLOAD_BYTES`.
             UnreachableError: No answer.
         """
         await ensure_stream(
@@ -112,6 +118,13 @@ class RawStream:
             ),
             adjust_max_bytes=True,
         )
+        max_payload = client_of(self._js).max_payload
+        if max_payload < MAX_PAYLOAD_BYTES:
+            raise ConfigurationError(
+                f"the server takes messages of {max_payload} bytes at most; larger batches would never leave the spool",
+                where=address_of(self._js),
+                do=_RAISE_IT,
+            )
 
     def subject(self, date: str = "*", channel: str = "*", conn: str = "*") -> str:
         """Return the subject of a day's, channel's or connection's batches; `*` stands for all."""
@@ -146,7 +159,7 @@ class RawStream:
             raise BatchTooLargeError(
                 f"a batch of {len(data)} bytes does not fit into a message of {max_payload} bytes",
                 where=address_of(self._js),
-                do="Raise max_payload of the NATS server (8 MiB is what the recorder needs)",
+                do=_RAISE_IT,
             )
         suffix = f"/r{repair_round}" if repair_round else ""
         headers = {
@@ -171,6 +184,24 @@ class RawStream:
                 read = map(_raw_batch, messages)
                 found.update((batch.id, batch.records) for batch in read if batch.id.batch != NO_BATCH)
         return found
+
+    async def copies(self, date: str, wanted: Collection[BatchId]) -> AsyncIterator[tuple[BatchId, bytes]]:
+        """Yield what the stream holds of some batches of a day, each as often as it is there. Reads their connections' channels.
+
+        Raises:
+            UnreachableError: NATS does not answer, or the stream changed under the reading.
+            NotFoundError: The stream does not exist.
+        """
+        subjects = sorted({self.subject(date, batch.channel, batch.conn) for batch in wanted})
+        if not subjects:
+            return
+        with nats_errors(self._js, f"reading stream {self.stream}"):
+            last_seq = (await self._js.stream_info(self.stream)).state.last_seq
+        async with StreamReader(self._js, self.stream, subjects, batch=_CONSUME_BATCH) as reader:
+            async for messages in read_up_to(reader, last_seq, _READ_TIMEOUT_S):
+                for batch in map(_raw_batch, messages):
+                    if batch.id in wanted:
+                        yield batch.id, batch.data
 
     async def connections(self, date: str) -> set[str]:
         """Return the connections of which the stream holds batches of a day; none where there is no stream.

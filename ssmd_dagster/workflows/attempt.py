@@ -10,6 +10,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
+import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
@@ -22,7 +24,7 @@ from ssmd_dagster.day.ledger import Ledger
 from ssmd_dagster.day.payloads import Failed, GaveUp, Payload
 from ssmd_dagster.day.payloads import Step as StepData
 from ssmd_dagster.day.states import EventName
-from ssmd_dagster.errors import RefusedError, SsmdError, UnreachableError
+from ssmd_dagster.errors import OutOfTimeError, RefusedError, SsmdError, UnreachableError
 from ssmd_dagster.workflows.desk import Desk, Kind, Progress
 from ssmd_dagster.workflows.lease import Lease
 
@@ -86,12 +88,16 @@ class Options:
 
 @dataclass
 class Attempt:
-    """One attempt at `verb` for one day. `close` it whatever happens: it gives the lease back."""
+    """One attempt at `verb` for one day. `close` it whatever happens: it gives the lease back.
+
+    An interruption is a person's, who wants it to stop, unless it comes after `limit_s` (monotonic): then its time is up.
+    """
 
     desk: Desk
     date: str
     verb: Verb
     options: Options = field(default_factory=Options)
+    limit_s: float = math.inf
     already: bool = False
     readback: Readback | None = None
     ledger: Ledger | None = None
@@ -158,7 +164,7 @@ class Attempt:
         if self._day is None or self.already:
             return
         following = self.verb.steps[min(len(self._done), len(self.verb.steps) - 1)]
-        error = SsmdError(f"interrupted before {following.name}")
+        error = self._interruption(f"before {following.name}")
         self.tell("failed", following.name, following.title, str(error))
         await self._fail(following.name, error)
 
@@ -206,10 +212,15 @@ class Attempt:
         except StaleEpochError:
             raise  # another attempt has the day: nothing here may be touched any more
         except (SsmdError, asyncio.CancelledError) as error:
-            cause = error if isinstance(error, SsmdError) else SsmdError(f"interrupted during {step}")
+            cause = error if isinstance(error, SsmdError) else self._interruption(f"during {step}")
             self.tell("failed", step, title, str(cause))
             await asyncio.shield(asyncio.ensure_future(self._fail(step, cause)))
             raise
+
+    def _interruption(self, when: str) -> SsmdError:
+        if time.monotonic() >= self.limit_s:
+            return OutOfTimeError(f"out of time {when}")
+        return SsmdError(f"interrupted {when}")
 
     async def _was_taken_over(self) -> bool:
         """Say whether the journal knows of a later epoch; one that cannot be read knows of none."""

@@ -81,7 +81,8 @@ async def replay_day(desk: Desk, date: str, *, share: int = 1, reason: str | Non
     if day is not None and is_done(day):
         desk.report(Progress("note", "replay", date, "replay", f"Trading day {date} is COMPLETE already"))
         return day
-    if day is None or day.state not in (DayState.ENDING, DayState.COMPLETE):
+    its_end_is_left = day is not None and (day.state is DayState.ENDING or day.is_unsealed)
+    if not its_end_is_left:
         await Attempt(desk, date, START, Options(mode="replay", reason=reason, share=share)).go()
     day = await Attempt(desk, date, END, Options(reason=reason)).go()
     await let_go_of_replay(desk, day)
@@ -165,7 +166,7 @@ async def _one(setting: Setting, actor: str, date: str, *, share: int, reason: s
         try:
             async with open_desk(setting, actor, report) as desk:
                 before = await desk.book.day(date)
-                already = before is not None and before.state is DayState.COMPLETE
+                already = before is not None and is_done(before)
                 day = await replay_day(desk, date, share=share, reason=reason)
             break
         except SsmdError as error:
@@ -185,8 +186,8 @@ async def _one(setting: Setting, actor: str, date: str, *, share: int, reason: s
 
 
 def is_done(day: TradingDay) -> bool:
-    """Tell whether nothing is left to do for a day: it is COMPLETE, and sealed or forced."""
-    return day.state is DayState.COMPLETE and not day.is_unsealed
+    """Tell whether nothing is left to do for a day: it is COMPLETE, sealed or forced, and has something."""
+    return day.state is DayState.COMPLETE and not day.is_unsealed and day.condition != "missing"
 
 
 def _result(day: TradingDay, outcome: Outcome, seconds: float = 0.0) -> DayResult:

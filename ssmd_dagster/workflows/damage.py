@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from ssmd_dagster.archive.batch import Batch, BatchDamagedError, SegmentFooter, read_last
+from ssmd_dagster.archive.batch import Batch, BatchDamagedError, SegmentFooter, read_last, read_whole
 from ssmd_dagster.archive.layout import ordered_segments, parse_segment_key, segment_key
 from ssmd_dagster.archive.losses import Loss
 from ssmd_dagster.archive.segment import Ranges, SegmentWriter, add_range, covered, in_ranges
@@ -26,7 +26,7 @@ from ssmd_dagster.day.states import EventName
 from ssmd_dagster.environments.home import spool_dir
 from ssmd_dagster.errors import NotFoundError, SsmdError, UnexplainedDifferenceError
 from ssmd_dagster.stores.cache import rfc3339
-from ssmd_dagster.stores.stream import NO_BATCH
+from ssmd_dagster.stores.stream import NO_BATCH, BatchId
 from ssmd_dagster.workflows.desk import Desk
 from ssmd_dagster.workflows.sealing import newest_manifest
 
@@ -66,30 +66,48 @@ def gap_id_of(loss: Loss) -> str:
 
 
 async def sort_out(desk: Desk, date: str, losses: Iterable[Loss]) -> Sorted:
-    """Look for other copies in the spool and the stream. Raises `UnreachableError` where NATS does not answer."""
+    """Look for other copies in the spool and the stream; one that is spoilt too is none.
+
+    Raises `UnreachableError` where NATS does not answer.
+    """
     losses = tuple(losses)
     if not losses:
         return Sorted((), ())
-    copies = {(batch.conn, batch.channel, batch.batch) for batch in await desk.stores.raw_stream.batches(date)}
+    raw_stream = desk.stores.raw_stream
+    copies: dict[BatchId, bool] = {}
+    wanted = {batch for batch in await raw_stream.batches(date) if _is_of(batch, losses)}
+    async for batch, encoded in raw_stream.copies(date, wanted):
+        copies[batch] = copies.get(batch, False) or read_whole(encoded) is not None
     for conn in {loss.conn for loss in losses}:
-        copies |= await asyncio.to_thread(_spooled, spool_dir(desk.setting.home, desk.env, date), conn)
+        path = spool_path(spool_dir(desk.setting.home, desk.env, date), conn)
+        for batch, whole in (await asyncio.to_thread(_spooled, path, losses)).items():
+            copies[batch] = copies.get(batch, False) or whole
     gone = tuple(loss for loss in losses if not _all_there(loss, copies))
     return Sorted(gone, tuple(loss for loss in losses if loss not in gone))
 
 
-def _spooled(directory: Path, conn: str) -> set[tuple[str, str, int]]:
-    path = spool_path(directory, conn)
-    if not path.exists():
-        return set()
-    return {(conn, batch.header.channel, batch.header.batch) for batch, _ in read_spool(path)}
+def _is_of(batch: BatchId, losses: Iterable[Loss]) -> bool:
+    return any(
+        (batch.conn, batch.channel) == (loss.conn, loss.channel) and loss.overlaps(batch.batch, batch.batch)
+        for loss in losses
+    )
 
 
-def _all_there(loss: Loss, copies: set[tuple[str, str, int]]) -> bool:
+def _spooled(path: Path, losses: Iterable[Loss]) -> dict[BatchId, bool]:
+    """Return which of the lost batches a spool file has, and whether they can be read."""
+    found = {}
+    for batch, encoded in read_spool(path) if path.exists() else ():
+        known = BatchId(batch.header.conn, batch.header.channel, batch.header.batch)
+        if _is_of(known, losses):
+            found[known] = read_whole(encoded) is not None
+    return found
+
+
+def _all_there(loss: Loss, copies: Mapping[BatchId, bool]) -> bool:
     last = loss.last
     if last is None:
-        behind = [n for conn, channel, n in copies if (conn, channel) == (loss.conn, loss.channel) and n >= loss.first]
-        last = max(behind, default=loss.first)
-    return all((loss.conn, loss.channel, number) in copies for number in range(loss.first, last + 1))
+        last = max((batch.batch for batch in copies if _is_of(batch, (loss,))), default=loss.first)
+    return all(copies.get(BatchId(loss.conn, loss.channel, number), False) for number in range(loss.first, last + 1))
 
 
 async def check_sealed(

@@ -73,7 +73,7 @@ class Desk:
         return self.calendar.date_at(self.setting.clock()).isoformat()
 
     def window(self, day: TradingDay) -> Window:
-        """Return a day's window: the calendar's, moved where a verb opened or closed it at another instant."""
+        """Return a day's window: as it is journaled, and by the calendar what is not yet."""
         planned = self.calendar.window(Date.fromisoformat(day.date))
         return Window(
             open_ns=planned.open_ns if day.open_ns is None else day.open_ns,

@@ -13,7 +13,7 @@ from ssmd_dagster.archive.layout import day_prefix
 from ssmd_dagster.capture.archiver import COMPONENT as ARCHIVER
 from ssmd_dagster.capture.control import control_subject, request
 from ssmd_dagster.capture.gateway import COMPONENT as GATEWAY
-from ssmd_dagster.capture.programs import audit_program, connector_names, day_group, day_programs
+from ssmd_dagster.capture.programs import audit_program, day_group, day_programs, is_connector
 from ssmd_dagster.day.condition import condition, gaps_within
 from ssmd_dagster.day.events import TradingDay
 from ssmd_dagster.day.payloads import Completed, EndRequested
@@ -25,6 +25,7 @@ from ssmd_dagster.workflows.damage import journal_losses, sort_out
 from ssmd_dagster.workflows.desk import Desk
 from ssmd_dagster.workflows.late import late_of, tell_the_neighbours
 from ssmd_dagster.workflows.lease import wait_until_gone
+from ssmd_dagster.workflows.reconcile import name_recorder
 from ssmd_dagster.workflows.recorded_on import take_over_gaps
 from ssmd_dagster.workflows.replay import revision_note
 from ssmd_dagster.workflows.retention import let_go_of_sealed_days
@@ -115,8 +116,12 @@ async def take(attempt: Attempt) -> TradingDay:
         closes_ns = min(desk.window(successor).open_ns, desk.calendar.close_ns(Date.fromisoformat(date)))
         # Both days record the seconds around the boundary, so that each has all of its own by the exchange's time.
         await wait_until(desk, closes_ns + OVERLAP_NS)
-    elif day is not None and desk.setting.clock() < desk.window(day).close_ns:
-        closes_ns = desk.setting.clock()
+    elif (
+        day is not None
+    ):  # journaled also where it is the schedule's: no later edit of that moves a recorded day's window
+        closes_ns = min(desk.setting.clock(), desk.window(day).close_ns)
+    if day is not None and running and day.mode == "live":
+        await name_recorder(desk, day)
     data = EndRequested(close_ns=closes_ns, forced_by=desk.actor if attempt.options.force else None)
     return await desk.book.append(
         date,
@@ -158,8 +163,9 @@ async def stop_connector(attempt: Attempt) -> str:
     """Stop the connectors after their last batch, then audit their spool: count it and publish what the stream lacks."""
     desk, date = attempt.desk, attempt.date
     group = day_group(desk.env, date)
-    for name in connector_names(desk.setting.env):
-        await desk.supervisor.stop(group, name)
+    for state in await desk.supervisor.states(group):
+        if is_connector(state.name):  # of a day that was started with more of them than the environment says now, too
+            await desk.supervisor.stop(group, state.name)
     code = await desk.supervisor.run_once(group, audit_program(desk.setting, date), AUDIT_TIMEOUT_S)
     if code != 0:
         log = desk.setting.home / "logs" / group / "audit.log"
@@ -323,14 +329,22 @@ async def _flush(attempt: Attempt, deadline: _Deadline) -> str:
     await desk.supervisor.ensure_group(day_group(desk.env, attempt.date), day_programs(desk.setting, attempt.date))
     await desk.supervisor.start(day_group(desk.env, attempt.date), ARCHIVER)
     try:
-        status = await _archiver(attempt, "flush", deadline)
-        while (status := await _archiver(attempt, "status", deadline))["flushing"]:
+        asked = await _archiver(attempt, "flush", deadline)
+        while (status := await _archiver(attempt, "status", deadline))["flushing"] or _is_another(status, asked):
+            if not status[
+                "flushing"
+            ]:  # the one that was asked was killed, and what it held is to be stored by this one
+                asked = await _archiver(attempt, "flush", deadline)
             await deadline.wait(attempt, _waited_for(f"{status['open_batches']} batches to be stored", status))
     except UnreachableError as error:
         if not attempt.options.force:
             raise
         return f"{SKIPPED}: {error.what}"
     return f"{status['messages']:,} messages archived"
+
+
+def _is_another(status: dict[str, Any], asked: dict[str, Any]) -> bool:
+    return bool(status.get("since_ns") != asked.get("since_ns"))
 
 
 async def _archiver(attempt: Attempt, command: str, deadline: _Deadline) -> dict[str, Any]:

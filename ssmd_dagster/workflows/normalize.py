@@ -53,7 +53,7 @@ from ssmd_dagster.stores.objects import LocalObjectStore, ObjectExistsError, Obj
 from ssmd_dagster.workflows.damage import check_sealed
 from ssmd_dagster.workflows.desk import Desk
 from ssmd_dagster.workflows.late import judge_late_rows, late_of, tell_the_neighbours
-from ssmd_dagster.workflows.recorded_on import recorded_into
+from ssmd_dagster.workflows.recorded_on import recorded_before, recorded_into
 from ssmd_dagster.workflows.sealing import seal_revision
 from ssmd_dagster.workflows.verify import read_back
 
@@ -367,21 +367,22 @@ class Beside(NamedTuple):
 
 
 def _beside(desk: Desk, day: TradingDay) -> list[Beside]:
-    """Return the days before and after this one; those that another one's recording held have nothing of their own.
+    """Return the days whose raw files may have rows of this one: the last that was recorded before it, and the next one.
 
-    Where the next day is known to have received late rows, all of it counts, and all of the day before where that recorded on
-    far into this one.
+    The one before counts where its window meets this one's, and all of it where it recorded on far into this one, over whatever
+    days nobody started in between. Where the next day is known to have received late rows, all of that counts.
     """
-    days = desk.book.book.days
-    dates = sorted(date for date, one in days.items() if date == day.date or one.recorded_with is None)
-    at = dates.index(day.date)
     found = []
-    for date in dates[max(0, at - 1) : at]:
-        recorded_on = recorded_into(desk, days[date], day)
-        found.append(Beside(days[date], None if recorded_on else "last", None, recorded_on))
-    for date in dates[at + 1 : at + 2]:
+    before = recorded_before(desk, day)
+    if before is not None:
+        recorded_on = recorded_into(desk, before, day)
+        if recorded_on or desk.window(before).close_ns >= desk.window(day).open_ns:
+            found.append(Beside(before, None if recorded_on else "last", None, recorded_on))
+    later = [one for one in desk.book.book.days.values() if one.date > day.date and one.recorded_with is None]
+    if later:
         late_until_ns = None if day.late is None else day.late.until_ns
-        found.append(Beside(days[date], "first" if late_until_ns is None else None, late_until_ns, recorded_on=False))
+        following = min(later, key=lambda one: one.date)
+        found.append(Beside(following, "first" if late_until_ns is None else None, late_until_ns, recorded_on=False))
     return found
 
 

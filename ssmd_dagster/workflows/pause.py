@@ -8,10 +8,10 @@ from datetime import timedelta
 import msgspec
 
 from ssmd_dagster.day.events import Paused
-from ssmd_dagster.day.reconcile import LOOK_BACK_DAYS, PAUSED_BY
+from ssmd_dagster.day.reconcile import LOOK_BACK_DAYS, PAUSED_BY, RECORDED_WITH, covered_by
 from ssmd_dagster.day.states import EventName
 from ssmd_dagster.workflows.desk import Desk
-from ssmd_dagster.workflows.reconcile import miss
+from ssmd_dagster.workflows.reconcile import facts, miss
 from ssmd_dagster.workflows.start import create_streams
 
 _ONE_DAY = timedelta(days=1)
@@ -35,7 +35,10 @@ async def pause(desk: Desk, reason: str | None) -> PauseResult:
 
 
 async def resume(desk: Desk, reason: str | None) -> PauseResult:
-    """Journal `resumed`, and every day that was wholly paused as missed because of it: nobody replays it by itself."""
+    """Journal `resumed`, and every day that was wholly paused as missed because of it: nobody replays it by itself.
+
+    Where a day recorded on through it, it is that day's, as without a pause.
+    """
     await create_streams(desk)
     book = await desk.book.refresh()
     paused = book.paused
@@ -45,9 +48,12 @@ async def resume(desk: Desk, reason: str | None) -> PauseResult:
     today = calendar.date_at(now_ns)
     date = max(calendar.date_at(paused.since_ns) + _ONE_DAY, today - LOOK_BACK_DAYS * _ONE_DAY)
     because = f": {paused.reason}" if paused.reason else ""
+    known = await facts(desk)
     while date < today and book.days:
         if date.isoformat() not in book.days and date >= Date.fromisoformat(min(book.days)):
-            await miss(desk, date.isoformat(), f"{PAUSED_BY} {paused.actor}{because}")
+            cover = covered_by(book, calendar, date, known)
+            why = f"{PAUSED_BY} {paused.actor}{because}" if cover is None else f"{RECORDED_WITH} {cover}"
+            await miss(desk, date.isoformat(), why, cover)
         date += _ONE_DAY
     await desk.book.append_for_environment(desk.today(), EventName.RESUMED, reason=reason)
     return PauseResult(paused=paused, already=False)

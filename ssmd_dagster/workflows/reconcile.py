@@ -6,10 +6,13 @@ The decisions are `day/reconcile`'s. Asking for runs is for whoever has a schedu
 from __future__ import annotations
 
 import contextlib
+from datetime import date as Date  # noqa: N812 - `date` is the contract's word for the written form
+from datetime import timedelta
 
 from ssmd_dagster.capture.programs import day_components
+from ssmd_dagster.day.events import TradingDay
 from ssmd_dagster.day.payloads import Failed, Missed
-from ssmd_dagster.day.reconcile import Facts, Plan, plan
+from ssmd_dagster.day.reconcile import RECORDED_WITH, Facts, Plan, covered_by, lacks_recorder, plan
 from ssmd_dagster.day.states import DayState, EventName
 from ssmd_dagster.errors import RefusedError
 from ssmd_dagster.workflows.desk import Desk
@@ -19,6 +22,7 @@ CANCELLED = "was cancelled"
 FAILED = "failed"
 """How a run ended; what somebody cancelled is not asked for again."""
 
+_FAILS_AS = {DayState.STARTING: EventName.START_FAILED, DayState.ENDING: EventName.END_FAILED}
 _LIVE = (DayState.STARTING, DayState.ACTIVE, DayState.ERROR, DayState.ENDING)
 
 
@@ -64,8 +68,27 @@ async def miss(desk: Desk, date: str, reason: str, recorded_with: str | None = N
     day = desk.book.book.days.get(date)
     if day is None:
         day = await desk.book.append(date, EventName.DEFINED)
-    if day.state is DayState.PENDING:
-        await desk.book.append(date, EventName.MISSED, reason=reason, data=Missed(recorded_with=recorded_with))
+    if day.state is DayState.PENDING or (recorded_with is not None and lacks_recorder(day)):
+        data = Missed(recorded_with=recorded_with)
+        await desk.book.append(date, EventName.MISSED, epoch=day.epoch, reason=reason, data=data)
+
+
+async def name_recorder(desk: Desk, recorder: TradingDay) -> None:
+    """Journal which days a running recording has held whole, while it can be seen to run: afterwards nothing tells."""
+    calendar, now_ns = desk.calendar, desk.setting.clock()
+    date = Date.fromisoformat(recorder.date) + timedelta(days=1)
+    known = None
+    while calendar.close_ns(date) <= now_ns:
+        known = known or await facts(desk)
+        if covered_by(desk.book.book, calendar, date, known) == recorder.date:
+            with contextlib.suppress(RefusedError):  # somebody has taken the day in the meantime
+                await miss(desk, date.isoformat(), f"{RECORDED_WITH} {recorder.date}", recorder.date)
+        date += timedelta(days=1)
+
+
+async def at_work(desk: Desk) -> list[str]:
+    """Return who started or ends a day that is STARTING or ENDING."""
+    return [day.actor for day in (await desk.book.refresh()).days.values() if day.state in _FAILS_AS]
 
 
 async def run_ended(desk: Desk, actor: str, outcome: str) -> list[str]:
@@ -77,7 +100,7 @@ async def run_ended(desk: Desk, actor: str, outcome: str) -> list[str]:
     """
     told: list[str] = []
     for day in (await desk.book.refresh()).days.values():
-        event = {DayState.STARTING: EventName.START_FAILED, DayState.ENDING: EventName.END_FAILED}.get(day.state)
+        event = _FAILS_AS.get(day.state)
         if day.actor != actor or event is None or await desk.stores.cache.holder(day.date) is not None:
             continue
         under_way = next((step.step for step in day.steps if step.finished_ns is None), None)

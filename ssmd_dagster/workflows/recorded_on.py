@@ -23,6 +23,12 @@ def recorded_into(desk: Desk, earlier: TradingDay, day: TradingDay) -> bool:
     return earlier.recorded and until_ns is not None and until_ns > desk.window(day).open_ns + FAR_NS
 
 
+def recorded_before(desk: Desk, day: TradingDay) -> TradingDay | None:
+    """Return the last day before this one that was recorded, None where there is none."""
+    earlier = (one for one in desk.book.book.days.values() if one.date < day.date and one.recorded)
+    return max(earlier, key=lambda one: one.date, default=None)
+
+
 async def take_over_gaps(desk: Desk, day: TradingDay) -> TradingDay:
     """Journal what the recording that held this day's beginning, or all of it, means for its gaps; return the day.
 
@@ -31,11 +37,10 @@ async def take_over_gaps(desk: Desk, day: TradingDay) -> TradingDay:
     """
     window = desk.window(day)
     until_ns = window.close_ns if day.recorded_from_ns is None else day.recorded_from_ns
-    days = desk.book.book.days
-    before = max((date for date, one in days.items() if date < day.date and one.recorded), default=None)
-    if before is None or not recorded_into(desk, days[before], day):
+    recorder = recorded_before(desk, day)
+    if recorder is None or not recorded_into(desk, recorder, day):
         return day
-    own, theirs = day.gaps, days[before].gaps
+    before, own, theirs = recorder.date, day.gaps, recorder.gaps
     for gap in theirs:
         from_ns, to_ns = max(gap.from_ns, window.open_ns), min(gap.to_ns or until_ns, until_ns)
         gap_id = f"{gap.gap_id}-of-{before}"

@@ -140,8 +140,9 @@ async def finish(attempt: Attempt) -> TradingDay:
     """
     desk = attempt.desk
     beat = await desk.stores.cache.heartbeat(attempt.date, REPLAYER) or {}
-    day = await attempt.journal(EventName.STARTED, Started(markets=beat.get("markets"), connections=0))
-    window = desk.window(day)
+    window = desk.window(attempt.day)
+    started = Started(open_ns=window.open_ns, markets=beat.get("markets"), connections=0)
+    day = await attempt.journal(EventName.STARTED, started)
     for channel in () if day.source == "live" else desk.setting.env.capture.channels:
         gap_id = f"gap-replay-{channel}"
         if channel == TRADES or gap_id in day.gap_by_id:

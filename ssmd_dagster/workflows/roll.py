@@ -55,7 +55,9 @@ async def dates_to_roll(desk: Desk, date: str | None = None) -> tuple[str, str]:
     later = [
         day.date
         for day in book.days.values()
-        if day.date > ending and day.mode == "live" and day.epoch is not None
+        if day.date > ending
+        and day.mode == "live"
+        and day.epoch is not None
         # One that failed to start and is over by now is not gone on with: what comes now is not its own.
         and (day.state in HAS_BEEN_UP or day.date >= desk.today())
     ]

@@ -173,6 +173,8 @@ async def finish(attempt: Attempt) -> TradingDay:
         # Opened by hand: the window begins where the recording does, not some seconds before it.
         up_ns = [beats[name].get("up_ns") for name in connectors if name in beats]
         opened_ns = max((ns for ns in up_ns if ns is not None), default=None)
+    if opened_ns is None:  # journaled, so that no later edit of the schedule moves the window of a recorded day
+        opened_ns = desk.window(day).open_ns
     started = await attempt.journal(
         EventName.STARTED, Started(open_ns=opened_ns, markets=markets, connections=len(connectors))
     )

@@ -38,6 +38,15 @@ def test_numbers_in_any_order_are_counted_exactly(parts: list[list[int]], from_o
     )
 
 
+def test_a_number_that_is_none_makes_no_hole() -> None:
+    """As the recorder follows none: one far above, one that no 64 bits hold; what is missing beside them is."""
+    numbering = Numbering()
+    numbering.add([1, 2, 5, 10**12])
+    numbering.add([2**63])
+    numbering.add([6, 10**30])
+    assert numbering.count("c", 1, from_one=True) == WireCount("c", 1, 5, 0, ((3, 4),))
+
+
 def recording_of(seqs: list[int], breaks: set[int], *, announced: bool) -> Recording:
     """A connection that received these numbers of one subscription, flushed at `breaks`."""
     recording = Recording()

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from ssmd_dagster.archive.batch import Batch
+from ssmd_dagster.archive.batch import Batch, read_whole
 from ssmd_dagster.archive.intervals import ends_session, torn_in
 from ssmd_dagster.archive.records import parse_record
 from ssmd_dagster.capture import audit as audit_module
@@ -23,6 +23,7 @@ from ssmd_dagster.capture.audit import (
     republish,
     undeclared_holes,
 )
+from ssmd_dagster.capture.gaps import GapLog, gaps_between, noted_gaps
 from ssmd_dagster.capture.setting import Setting
 from ssmd_dagster.capture.spool import read_spool, spooled_records
 from ssmd_dagster.day.payloads import ChannelCount, GapOpened
@@ -167,7 +168,7 @@ async def test_exactly_what_the_stream_lacks_is_published(tmp_path: Path, stores
     batches = [data for recording in recordings for data in recording.batches()]
     await publish(stores, *batches[::3])
     last_seq = (await stores.js.stream_info(stores.raw_stream.stream)).state.last_seq
-    assert await republish(stores, tmp_path, DATE) == len(batches) - len(batches[::3])
+    assert (await republish(stores, tmp_path, DATE)).batches == len(batches) - len(batches[::3])
     async with stores.raw_stream.consume(DATE) as consumer:
         taken: list[RawBatch] = []
         while len(taken) < len(batches):
@@ -178,7 +179,7 @@ async def test_exactly_what_the_stream_lacks_is_published(tmp_path: Path, stores
     assert sorted(message.data for message in taken) == sorted(batches)
     repaired = [message.data for message in taken if message.seq > last_seq]
     assert repaired == [data for i, data in enumerate(batches) if i % 3]
-    assert await republish(stores, tmp_path, DATE) == 0
+    assert (await republish(stores, tmp_path, DATE)).batches == 0
 
 
 async def test_a_batch_that_is_lost_again_inside_the_duplicate_window_is_published_under_a_new_round(
@@ -191,10 +192,10 @@ async def test_a_batch_that_is_lost_again_inside_the_duplicate_window_is_publish
     stream = stores.raw_stream.stream
     seqs = await publish(stores, *batches)
     await stores.js.delete_msg(stream, seqs[3])
-    assert await republish(stores, tmp_path, DATE) == 1
+    assert (await republish(stores, tmp_path, DATE)).batches == 1
     await stores.js.delete_msg(stream, (await stores.js.stream_info(stream)).state.last_seq)
     assert set(await stores.raw_stream.batches(DATE)) == ids(*batches) - ids(batches[3])
-    assert await republish(stores, tmp_path, DATE) == 2
+    assert (await republish(stores, tmp_path, DATE)).batches == 2
     assert set(await stores.raw_stream.batches(DATE)) == ids(*batches)
 
 
@@ -209,7 +210,7 @@ async def test_a_batch_that_no_message_takes_does_not_keep_the_others_back(tmp_p
         each.write(tmp_path)
     small = [data for each in (recording, large) for data in each.batches() if len(data) < 8 << 20]
     assert len(small) == len(recording.batches()) + 1
-    assert await republish(stores, tmp_path, DATE) == len(small)
+    assert (await republish(stores, tmp_path, DATE)).batches == len(small)
     assert set(await stores.raw_stream.batches(DATE)) == ids(*small)
 
 
@@ -251,6 +252,69 @@ async def test_an_audit_finishes_declares_publishes_and_counts_and_a_second_one_
     await audit(setting, stores, DATE)
     assert len(await stores.journal.read()) == events
     assert {path: path.read_bytes() for path in directory.iterdir()} == files
+
+
+def spoil(path: Path, number: int) -> bytes:
+    """Flip a bit in the records of a spool file's batch; return the batch as it was."""
+    batch, encoded = list(read_spool(path))[number]
+    content = bytearray(path.read_bytes())
+    content[(batch.start + batch.data_end) // 2] ^= 1
+    path.write_bytes(content)
+    return encoded
+
+
+@pytest.mark.parametrize("end", [False, True])
+def test_whatever_a_disk_spoils_in_a_spool_the_rest_is_read(tmp_path: Path, end: bool) -> None:
+    """The next connector begins, the audit goes through, and what is lost of a killed connection is declared."""
+    recording = a_recording(frames=60, end=end)
+    for number in range(len(recording.batches())):
+        folder = tmp_path / str(number)
+        path = recording.write(folder)
+        spoil(path, number)
+        assert GapLog(folder, "connector-a")._between is not None
+        noted_gaps(folder)
+        undeclared_holes(folder, "812-a-0")
+        assert [lost.conn for lost in gaps_between(folder, "a", NOW_NS)] == ["812-a-0"]
+        finish_connection(path, NOW_NS)
+        finished = path.read_bytes()
+        assert finish_connection(path, NOW_NS) == 0
+        assert path.read_bytes() == finished
+        if not end or number == len(recording.batches()) - 1:
+            whole = [data for data in spooled_batches(path) if read_whole(data) is not None]
+            faults = read_segments(build_segments(folder, whole)).faults
+            assert not [fault for fault in faults if "ordinals" in fault], number
+
+
+async def test_what_a_disk_has_spoilt_is_put_back_from_the_stream_and_else_declared(
+    setting: Setting, stores: Stores, book: DayBook
+) -> None:
+    """A spoilt batch is never published: it would pass for a copy."""
+    directory, env = spool_dir(setting.home, setting.env.name, DATE), setting.env.name
+    ended = a_recording("3-a-0", env=env)
+    killed = a_recording("3-a-1", env=env, end=False, clock=ended.clock)
+    there = [number for number, data in enumerate(killed.batches()) if header_of(data).header.channel == "trade"]
+    session = [number for number, data in enumerate(ended.batches()) if header_of(data).header.channel == SESSION]
+    paths = [recording.write(directory) for recording in (ended, killed)]
+    lost = killed.batches()[there[-1]]
+    await publish(stores, *ended.batches(), *(data for data in killed.batches() if data != lost))
+    spoil(paths[0], session[-1])
+    for number in (there[0], there[-1]):
+        spoil(paths[1], number)
+
+    await audit(setting, stores, DATE)
+    assert paths[0].read_bytes() == b"".join(ended.batches())
+    kept = [data for data in spooled_batches(paths[1]) if read_whole(data) is not None]
+    assert kept[:-1] == [data for data in killed.batches() if data != lost]
+    assert set(await stores.raw_stream.batches(DATE)) == ids(*ended.batches(), *kept)
+    day = await book.day(DATE)
+    assert day is not None
+    header = header_of(lost).header
+    (gap,) = [gap for gap in day.gaps if gap.cause == "archive_damaged"]
+    assert gap.gap_id == f"gap-3-a-1-archive-trade-{header.batch}-{header.batch}"
+    assert (gap.from_ns, gap.to_ns, gap.outcome) == (header.recv_first_ns, header.recv_last_ns, "stays")
+    events = len(await stores.journal.read())
+    await audit(setting, stores, DATE)
+    assert len(await stores.journal.read()) == events
 
 
 async def test_a_day_without_a_spool_is_audited_as_empty(setting: Setting, stores: Stores, book: DayBook) -> None:

@@ -45,6 +45,7 @@ from ssmd_dagster.exchange import (
     Subscription,
     unlisted_market,
 )
+from ssmd_dagster.stores import stream as stream_module
 from ssmd_dagster.stores.connect import Stores
 from ssmd_dagster.stores.daybook import DayBook
 from ssmd_dagster_tests import servers
@@ -215,6 +216,15 @@ async def assert_whole(setting: Setting, stores: Stores, folder: Path, trades: d
     assert {(b.conn, b.channel, b.batch) for b in in_stream} == {
         (h.conn, h.channel, h.batch) for h in (header_of(data).header for data in batches)
     }
+
+
+async def test_batches_that_nats_does_not_take_are_counted(
+    setting: Setting, exchange: FakeExchange, monkeypatch: pytest.MonkeyPatch, stores: Stores
+) -> None:
+    """The heartbeat says how many stay in the spool, which a line in a log would not."""
+    monkeypatch.setattr(stream_module, "_HEADERS_BYTES", 9 << 20)
+    async with recording(setting, exchange) as connector:
+        await eventually(lambda: connector._status()["refused_batches"] > 0)
 
 
 async def test_what_comes_is_spooled_published_and_ends_with_its_notes(

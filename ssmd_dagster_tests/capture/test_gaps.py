@@ -15,9 +15,10 @@ from ssmd_dagster.capture.audit import declare_gaps, finish_connection
 from ssmd_dagster.capture.gaps import GapLog, Life, Lost, gaps_between, life_of, tell
 from ssmd_dagster.capture.setting import Setting
 from ssmd_dagster.day.causes import GapCause
-from ssmd_dagster.day.events import Gap
+from ssmd_dagster.day.events import Gap, JournalBrokenError
 from ssmd_dagster.day.payloads import GapClosed, GapOpened
 from ssmd_dagster.day.states import EventName
+from ssmd_dagster.errors import UnreachableError
 from ssmd_dagster.stores.connect import Stores
 from ssmd_dagster.stores.daybook import DayBook
 from ssmd_dagster_tests.capture.recordings import DATE, START_NS, Recording, TickingClock, a_recording, eventually
@@ -179,6 +180,27 @@ async def test_a_new_process_opens_the_gap_behind_the_last_one_that_came_up(
         assert [(gap.gap_id, gap.cause, gap.from_ns, gap.to_ns) for gap in await gaps_of(book)] == [
             ("gap-3-a-0", "process_crash", recording.recorder.last_frame_ns, START_NS + 9 * MS)
         ]
+
+
+async def test_a_journal_that_cannot_be_read_is_read_later(
+    tmp_path: Path, setting: Setting, stores: Stores, book: DayBook, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its error ends nothing: the connector's batches are published over the same connection."""
+    refusals = [JournalBrokenError(7, "it follows nothing", where="here"), UnreachableError("no answer")]
+    read = DayBook.day
+
+    async def day(self: DayBook, date: str) -> Any:
+        if refusals:
+            raise refusals.pop()
+        return await read(self, date)
+
+    monkeypatch.setattr(gaps_module, "RETRY_AFTER_S", 0)
+    log = GapLog(tmp_path, "connector-a")
+    monkeypatch.setattr(DayBook, "day", day)
+    async with telling(log, setting, stores):
+        log.connection_up(START_NS)
+        log.connection_lost(START_NS + 1, "connection_lost", "3-a-0")
+    assert [gap.gap_id for gap in await gaps_of(book)] == ["gap-3-a-0"]
 
 
 async def test_a_connection_that_never_came_up_leaves_the_open_gap_open(

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ssmd_dagster.capture import sequence
-from ssmd_dagster.capture.sequence import Arrival, Hole, Sequences
+from ssmd_dagster.capture.sequence import NEW_NUMBERS, Arrival, Hole, Sequences
 
 
 def fed(*seqs: int, sid: int = 1) -> Sequences:
@@ -76,6 +76,32 @@ def test_sids_do_not_touch_each_other_and_may_begin_anew() -> None:
     tracker.expect(1, 50)
     assert tracker.in_order(1, [1, 2], 60)
     assert tracker.due(at_once=True) == []
+
+
+@pytest.mark.parametrize("odd", [10**12, 2**63, 10**30, 0])
+def test_a_number_that_is_none_hides_nothing(odd: int) -> None:
+    """It is not followed: what is missing behind it is a hole as ever."""
+    tracker = fed(*range(1, 11), odd, 11, 12, 15)
+    assert [(hole.first, hole.last) for hole in tracker.due(at_once=True)] == [(13, 14)]
+    tracker = Sequences()
+    tracker.feed(1, [Arrival(odd, 1)])
+    tracker.expect(1, 2)
+    tracker.feed(1, [Arrival(1, 3), Arrival(3, 4)])
+    assert [(hole.first, hole.last) for hole in tracker.due(at_once=True)] == [(2, 2)]
+
+
+@pytest.mark.parametrize("start", [1, 10**12])
+def test_a_subscription_that_is_numbered_anew_is_a_hole_and_is_followed_from_there(start: int) -> None:
+    """Whether it begins with 1 again or far above: some hundred frames say so, and what is missing later is missing."""
+    tracker = fed(*range(1, 1_001))
+    assert not tracker.in_order(1, list(range(start, start + 60)), 20_000)
+    tracker.feed(1, [Arrival(seq, 20_000) for seq in range(start, start + 60)])
+    assert tracker.due(at_once=True) == []
+    tracker.feed(1, [Arrival(seq, 30_000) for seq in range(start + 61, start + 200)])
+    assert spans(tracker.due(at_once=True)) == [(start, start + NEW_NUMBERS, 10_000, 30_000)]
+    assert tracker.in_order(1, [start + 200], 40_000)
+    tracker.feed(1, [Arrival(start + 203, 50_000)])
+    assert spans(tracker.due(at_once=True)) == [(start + 201, start + 202, 40_000, 50_000)]
 
 
 def test_old_holes_are_let_go(monkeypatch: pytest.MonkeyPatch) -> None:

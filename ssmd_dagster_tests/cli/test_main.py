@@ -325,6 +325,21 @@ def test_up_in_the_foreground_ends_with_everything(stack_home: Path) -> None:
     assert supervisord.marked_processes(stack_home) == []
 
 
+def test_up_as_a_service_ends_once_its_supervisor_is_gone(stack_home: Path) -> None:
+    """Killed, supervisord leaves its programs behind: they are stopped, and exit code 7 has the service started again."""
+    code = "from ssmd_dagster.cli import main, stack; stack._LOOK_S = 0.1; main.main()"
+    command = [sys.executable, "-c", code, "up", "--no-dagster"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        while not process.stdout.readline().startswith(b"Stop: Ctrl-C"):
+            assert process.poll() is None
+        os.kill(int((stack_home / "supervisor" / "supervisord.pid").read_text()), signal.SIGKILL)
+        assert process.wait(READY_TIMEOUT_S) == ExitCode.UNREACHABLE
+        assert b"supervisord is gone" in process.stderr.read()
+    assert supervisord.marked_processes(stack_home) == []
+
+
 def test_up_that_is_interrupted_too_soon_leaves_nothing(stack_home: Path) -> None:
     """Ctrl-C before all is ready stops what was started and exits with 130."""
     with subprocess.Popen([*SSMD, "up", "--no-dagster"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:

@@ -333,6 +333,21 @@ def test_a_missed_day_is_failed_without_an_epoch() -> None:
     assert (day.state, day.epoch, day.error) == (DayState.FAILED, None, "not started before its window closed")
 
 
+def test_a_day_that_failed_to_start_gets_the_name_of_the_day_that_held_it() -> None:
+    """Only where it never was ACTIVE: what recorded itself has raw files of its own."""
+    log = Log()
+    for event in (EventName.DEFINED, EventName.START_REQUESTED, EventName.START_FAILED):
+        log.add(event)
+    log.add(EventName.MISSED, reason="recorded with 2025-12-13", data={"recorded_with": "2025-12-13"})
+    day = log.day()
+    assert (day.state, day.recorded_with, day.error) == (DayState.FAILED, "2025-12-13", "recorded with 2025-12-13")
+    ran = started()
+    ran.add(EventName.ERROR_RAISED)
+    ran.add(EventName.GAVE_UP)
+    with pytest.raises(IllegalTransitionError):
+        ran.add(EventName.MISSED)
+
+
 def test_current_follows_live_starts_only() -> None:
     """A replay of another day leaves the current one alone."""
     log = started()

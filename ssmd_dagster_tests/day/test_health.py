@@ -66,6 +66,15 @@ def test_silence_is_an_error_only_while_the_exchange_is_open() -> None:
     assert judge(look(open=None, quiet_s=quiet), {}).seen == {}
 
 
+def test_batches_that_stay_in_the_spool_are_a_warning() -> None:
+    """Nothing else of the recording suffers, so that no process has to be started anew."""
+    seen = look()
+    seen.beats["connector-a"]["refused_batches"] = 2  # type: ignore[index]  # it is a dict
+    verdict = judge(seen, {})
+    assert (verdict.error, len(verdict.warnings)) == (None, 1)
+    assert "connector-a: 2 batches are too large" in verdict.warnings[0]
+
+
 def test_an_archive_that_lags_behind_is_a_warning_and_a_quiet_exchange_is_not() -> None:
     """The lag is counted from the last frame that came."""
     assert judge(look(lag_ms=90_000), {}).warnings == ("the archive lags 89 s behind",)

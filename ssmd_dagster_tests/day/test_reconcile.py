@@ -134,6 +134,41 @@ def test_a_day_that_recorded_and_failed_is_recovered_and_not_started() -> None:
     assert made.flags == (), "it was ACTIVE in time"
 
 
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=8), st.booleans())
+def test_a_day_that_is_late_is_late_through_all_of_its_attempts(minutes: list[int], ends: bool) -> None:
+    """Who is told once, and again after it was well in between, is told once: an attempt under way makes nothing well."""
+    log = Log()
+    put(log, DAY, DayState.COMPLETE)
+    day = DAY + timedelta(days=1)
+    put(log, day, DayState.ACTIVE if ends else DayState.STARTING)
+    asks, fails = (_E.END_REQUESTED, _E.END_FAILED) if ends else (_E.START_REQUESTED, _E.START_FAILED)
+    late_ns = ns(day + timedelta(days=1), "02:00") if ends else ns(day, "00:20")
+    now_ns = late_ns - 30 * 60_000_000_000
+    if not ends:
+        log.add(fails, date=day.isoformat(), at_ns=now_ns, data={"transient": True})
+    for number, minute in enumerate(minutes):
+        now_ns += minute * 60_000_000_000
+        data = {"transient": True} if number % 2 else {}
+        log.add(fails if number % 2 else asks, date=day.isoformat(), at_ns=now_ns, data=data)
+        made = decided(log, now_ns + 1_000_000_000, held=[] if number % 2 else [day])
+        flagged = [flag.date for flag in made.flags if flag.kind == "late" and flag.date == day.isoformat()]
+        assert flagged == ([day.isoformat()] if now_ns + 1_000_000_000 >= late_ns else [])
+
+
+@pytest.mark.parametrize("was_active", [False, True])
+def test_a_start_at_noon_that_nobody_waited_for_is_late_by_itself(was_active: bool) -> None:
+    """An environment's first day is begun at any hour, and a day that is started again was in time."""
+    log = Log()
+    if was_active:
+        put(log, DAY, DayState.COMPLETE)
+        data = {"revision": 2}
+        log.add(_E.START_REQUESTED, date=DAY.isoformat(), at_ns=ns(DAY, "12:00"), data=data)
+    else:
+        put(log, DAY, DayState.STARTING, clock="12:00")
+    assert decided(log, ns(DAY, "12:10"), held=[DAY]).flags == ()
+    assert [flag.kind for flag in decided(log, ns(DAY, "12:11"), held=[DAY]).flags] == ["late"]
+
+
 @pytest.mark.parametrize("state", [DayState.STARTING, DayState.ACTIVE, DayState.ENDING])
 def test_a_replay_at_work_is_not_late(state: DayState) -> None:
     """It starts and ends long after its day: nothing is asked for and nobody is told."""
@@ -164,6 +199,21 @@ def test_a_day_that_the_schedule_did_not_start_is_started_after_a_grace() -> Non
     assert (flag.kind, flag.command) == ("late", f"ssmd day start {ENV} --date {following}")
 
 
+def test_a_day_that_failed_to_start_while_another_recorded_on_is_named_like_a_missed_one() -> None:
+    """So its tables are made of that archive, not of trades alone; what nobody recorded is replayed."""
+    log = Log()
+    put(log, DAY, DayState.ACTIVE)
+    failed = DAY + timedelta(days=1)
+    for event in (_E.DEFINED, _E.START_REQUESTED, _E.START_FAILED):
+        log.add(event, date=failed.isoformat(), at_ns=ns(failed, "00:01"))
+    now_ns = ns(failed + timedelta(days=1), "09:00")
+    (missed,) = decided(log, now_ns, recording=[DAY]).missed
+    assert (missed.date, missed.recorded_with) == (failed.isoformat(), DAY.isoformat())
+    alone = decided(log, now_ns)
+    assert alone.missed == ()
+    assert ("replay", failed.isoformat()) in asked(alone)
+
+
 def test_three_days_without_a_daemon_while_the_capture_records_on() -> None:
     """The day that records on is rolled into today; the dates in between are journaled as recorded with it."""
     log = Log()
@@ -190,7 +240,7 @@ def test_three_days_without_the_machine() -> None:
 
 @pytest.mark.parametrize("recorder", [DayState.ACTIVE, DayState.COMPLETE])
 def test_missed_days_are_replayed_and_those_recorded_with_another_once_that_is_complete(recorder: DayState) -> None:
-    """Once journaled, a day that nobody started is replayed; the others have their messages."""
+    """A day that nobody started is replayed, unless what records on has held it after all; the others have their messages."""
     log = Log()
     put(log, DAY, recorder)
     for days, reason in ((1, f"{NOBODY}, and it is over"), (2, f"{RECORDED_WITH} {DAY}"), (3, "paused by cli:a@b")):
@@ -202,9 +252,11 @@ def test_missed_days_are_replayed_and_those_recorded_with_another_once_that_is_c
     put(log, today, DayState.ACTIVE)
     made = decided(log, ns(today), recording=[DAY, today])
     nobodys, held = ("replay", (DAY + timedelta(days=1)).isoformat()), ("replay", (DAY + timedelta(days=2)).isoformat())
-    expected = [nobodys, held] if recorder is DayState.COMPLETE else [("end", DAY.isoformat()), nobodys]
-    assert asked(made) == expected
-    assert made.missed == ()
+    if recorder is DayState.COMPLETE:
+        assert (asked(made), made.missed) == ([nobodys, held], ())
+    else:
+        assert asked(made) == [("end", DAY.isoformat())]
+        assert [one.recorded_with for one in made.missed] == [DAY.isoformat()] * 2
 
 
 def test_a_day_that_is_over_is_rolled_or_ended_after_the_schedules_grace() -> None:

@@ -42,6 +42,7 @@ def test_the_table_is_that_of_the_contracts() -> None:
         ("-", "defined", "PENDING"),
         ("PENDING", "start_requested", "STARTING"),
         ("PENDING", "missed", "FAILED"),
+        ("FAILED", "missed", "FAILED"),
         ("STARTING", "started", "ACTIVE"),
         ("STARTING", "start_failed", "FAILED"),
         ("STARTING", "start_requested", "STARTING"),

@@ -65,18 +65,18 @@ def test_every_definition_loads(tmp_path: Path) -> None:
 
 
 def test_jobs_carry_their_lane_limits_and_partitions(tmp_path: Path) -> None:
-    """Start, end and roll of an environment share one lane; each has the run time that the contracts give it."""
+    """Start and roll of an environment share one lane, which no end holds up; each has its run time."""
     folder = copied(tmp_path)
     changed(folder / "environments" / "kalshi-prod.yaml", {"schedule.timezone": "America/New_York"})
     defs = build_definitions(load_registry(folder))
-    for verb, runtime_s in (("start", 900), ("end", 43_200), ("roll", 43_200)):
+    for verb, runtime_s, lane in (("start", 900, "live"), ("end", 43_200, "end"), ("roll", 43_200, "live")):
         job = defs.resolve_job_def(f"kalshi_prod_{verb}_day")
         assert job.tags == {
             "ssmd/environment": "kalshi-prod",
-            "ssmd/lane": "kalshi-prod/live",
+            "ssmd/lane": f"kalshi-prod/{lane}",
             "dagster/max_runtime": str(runtime_s),
             "dagster/partition_set": f"kalshi_prod_{verb}_day_partition_set",
-        }
+        } | ({"dagster/priority": "1"} if verb == "roll" else {})
         assert job.executor_def.name == "in_process"
         days = job.partitions_def
         assert isinstance(days, dg.DailyPartitionsDefinition)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import configparser
 import importlib.util
+import os
 import shlex
+import subprocess
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 from dagster._config import process_config, resolve_to_config_type
 from dagster._core.instance.config import dagster_instance_config_schema
@@ -77,7 +80,7 @@ def test_what_the_containers_name_is_there() -> None:
     services = compose["services"]
     for name, service in services.items():
         if name != "postgres":
-            assert service["image"] == services["base"]["image"]
+            assert (service["image"] == "ssmd-dagster") == (name != "base")
             _check_command(service["command"])
         for shared in ("network_mode", "pid"):
             assert service.get(shared, "service:base") == "service:base"
@@ -90,17 +93,13 @@ def test_what_the_containers_name_is_there() -> None:
     assert services["webserver"]["command"][5:7] == ["-p", "3001"]
     assert ":3001/server_info" in services["webserver"]["healthcheck"]["test"][-1]
     assert services["code"]["healthcheck"]["test"][-1] == "4000"
-    build = services["base"]["build"]
+    build = services["code"]["build"]
     assert (DEPLOY / build["context"] / build["dockerfile"]).exists()
 
 
 def test_the_variables_of_a_production_install_are_those_that_are_read() -> None:
-    """Every name of the example is one of the project's, of Dagster's, or of an environment's keys."""
-    names = {
-        line.partition("=")[0]
-        for line in (DEPLOY / "ssmd.env.example").read_text().splitlines()
-        if line and not line.startswith("#")
-    }
+    """Every name of the examples is one of the project's or of Dagster's; those of keys stand where a change of one is seen."""
+    names, secrets = _names("ssmd.env.example"), _names("secrets.env.example")
     assert {"SSMD_HOME", "SSMD_EXCHANGES", "DAGSTER_HOME", "SSMD_DAGSTER_POSTGRES_URL"} <= names
     keys = {
         variable
@@ -108,9 +107,40 @@ def test_the_variables_of_a_production_install_are_those_that_are_read() -> None
         for key in environment.keys.values()
         for variable in key.fields.values()
     }
-    assert {name for name in names if name.startswith("KALSHI")} <= keys
+    assert secrets <= keys
+    assert not names & keys
     compose = loaded("deploy/compose.yaml")["services"]["capture"]["environment"]
     assert compose.keys() <= names
+
+
+@pytest.mark.parametrize(("asked", "meant"), [("", "kalshi-prod"), ("kalshi-demo", "kalshi-demo")])
+def test_the_command_line_of_a_host_acts_for_its_caller(tmp_path: Path, asked: str, meant: str) -> None:
+    """It has the units' settings but the caller's SSMD_ENV, name, folder and words; sudo lets none of them through."""
+    settings, program, sudo = tmp_path / "ssmd.env", tmp_path / "ssmd", tmp_path / "sudo"
+    settings.write_text("SSMD_ENV=kalshi-prod\nSSMD_URL='a&b;$c d'\n")
+    program.write_text('#!/bin/sh\nprintf "%s\\n" "$SSMD_ENV" "$LOGNAME" "$SSMD_URL" "$(pwd)" "$@"\n')
+    sudo.write_text('#!/bin/sh\n[ "$1 $2" = "-u ssmd" ] && shift 2 && exec env -i PATH="$PATH" LOGNAME=ssmd "$@"\n')
+    text = (DEPLOY / "ssmd").read_text()
+    for path, known in ((settings, "/etc/ssmd/ssmd.env"), (program, "/opt/ssmd/.venv/bin/ssmd")):
+        assert text.count(known) == 1
+        text = text.replace(known, str(path))
+        path.chmod(0o755)
+    sudo.chmod(0o755)
+    done = subprocess.run(
+        ["sh", "-c", text, "ssmd", "day", "end", "a b"],
+        env={"PATH": f"{tmp_path}:{os.environ['PATH']}", "SUDO_USER": "ada", "SSMD_ENV": asked},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=True,
+    )
+    assert done.stdout.splitlines() == [meant, "ada", "a&b;$c d", str(tmp_path), "day", "end", "a b"]
+
+
+def _names(example: str) -> set[str]:
+    lines = (DEPLOY / example).read_text().splitlines()
+    return {line.partition("=")[0] for line in lines if line and not line.startswith("#")}
 
 
 def _check_command(words: Sequence[str]) -> None:

@@ -18,6 +18,8 @@ from ssmd_dagster.capture.programs import day_group
 from ssmd_dagster.capture.setting import load_setting
 from ssmd_dagster.capture.supervisord import connect_supervisor
 from ssmd_dagster.day import health
+from ssmd_dagster.day.calendar import Window
+from ssmd_dagster.day.events import JournalBrokenError
 from ssmd_dagster.day.payloads import ErrorRaised, Failed, StartRequested
 from ssmd_dagster.day.reconcile import MOST_TRIES, Ask, Flag, Run
 from ssmd_dagster.day.states import EventName
@@ -26,7 +28,9 @@ from ssmd_dagster.defs.build import build_definitions
 from ssmd_dagster.defs.watch import Watch
 from ssmd_dagster.environments.loader import load_registry
 from ssmd_dagster.workflows.desk import Desk, open_desk
+from ssmd_dagster.workflows.follow import Follower, Look, News, Place
 from ssmd_dagster.workflows.reconcile import CANCELLED, FAILED, run_ended
+from ssmd_dagster_tests.day.builders import ENV, started
 from ssmd_dagster_tests.environments.folders import changed
 from ssmd_dagster_tests.house import House, until
 from ssmd_dagster_tests.workflows.replaying import sim
@@ -152,6 +156,9 @@ def test_what_the_command_line_does_is_in_the_catalog(
     again = Dagster(looking.instance, simulated)
     again.cursors = dict(looking.cursors)
     assert again.tick("journal").asset_events == []
+    sequences = {name: place["seq"] for name, place in json.loads(str(looking.cursors["journal"])).items()}
+    again.cursors = {"journal": json.dumps(sequences)}  # as it was before hashes were kept
+    assert again.tick("journal").asset_events == []
     again.cursors = {}
     assert len(again.tick("journal").asset_events) == len(first.asset_events) + len(ended)
     again.watch.close()
@@ -181,7 +188,7 @@ def test_a_day_whose_processes_are_gone_is_in_error_and_recovered(
     monkeypatch.setattr(health, "CONFIRM_S", 0)
     (request,) = looking.tick("health").run_requests
     assert (request.job_name, request.partition_key) == (f"{simulated.replace('-', '_')}_recover_day", day)
-    assert request.run_key == f"{simulated}:{day}:recover:1"
+    assert request.run_key == f"{simulated}:{day}:recover:first"
     assert request.tags["ssmd/why"] == "archiver gives no heartbeat"
     shown = in_house.day(simulated, day)
     assert (shown["state"], shown["error"]) == ("ERROR", "archiver gives no heartbeat")
@@ -263,10 +270,10 @@ async def _epoch(desk: Desk, date: str) -> int | None:
     return None if day is None else day.epoch
 
 
-def test_a_day_whose_runs_are_many_is_asked_for_under_a_new_key(
+def test_a_day_is_asked_for_under_a_key_that_no_run_has(
     instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Dagster passes over a key that it has seen, for ever: it may not stop counting where the look stops."""
+    """Dagster passes over the key of a run that there is: however many there are, and whichever of them were deleted."""
 
     @dg.op
     def nothing() -> None:
@@ -277,18 +284,26 @@ def test_a_day_whose_runs_are_many_is_asked_for_under_a_new_key(
         """Stand for a recovery."""
         nothing()
 
-    monkeypatch.setattr(sensors, "MOST_RUNS", 2)
+    monkeypatch.setattr(sensors, "MOST_RUNS", 3)
     monkeypatch.setattr(sensors, "time", SimpleNamespace(time=lambda: 9e9))
     environment: Any = SimpleNamespace(name="quiet", slug="quiet")
     ask = Ask(verb="recover", date="2026-01-01", why="it is in ERROR")
-    for number in range(3):
-        run = instance.create_run_for_job(quiet_recover_day, tags={"dagster/partition": "2026-01-01"})
-        said: list[str] = []
+    said: list[str] = []
+    (request,) = sensors._requested(instance, environment, ask, said, [])
+    made: list[dg.DagsterRun] = []
+    for deleted in (False, False, True, False, True):
+        assert request.run_key not in [run.tags["dagster/run_key"] for run in made]
+        tags = {"dagster/partition": "2026-01-01", "dagster/run_key": str(request.run_key)}
+        run = instance.create_run_for_job(quiet_recover_day, tags=tags)
+        made.append(run)
+        said.clear()
         assert sensors._requested(instance, environment, ask, said, []) == []
         assert said == ["quiet 2026-01-01 needs recover (it is in ERROR): a run of it is queued or running"]
         instance.report_run_failed(run)
+        if deleted:
+            instance.delete_run(made.pop(0).run_id)
         (request,) = sensors._requested(instance, environment, ask, said, [])
-        assert request.run_key == f"quiet:2026-01-01:recover:{number + 2}"
+        assert sensors._requested(instance, environment, ask, said, [])[0].run_key == request.run_key
 
 
 def test_what_is_asked_for_no_more_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -337,8 +352,34 @@ def test_a_run_that_was_killed_is_told_to_its_day(looking_idly: Dagster, in_hous
     assert str(told.skip_message) == "the run has said itself what came of it"
 
 
+def test_a_run_that_was_cancelled_and_killed_is_not_asked_for_again(
+    looking_idly: Dagster, in_house: House, idle: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its lease outlives it, and the sensor that is told of it; reconcile finds it later and leaves the day to a person."""
+    day = in_house.today()
+    job = looking_idly.defs.resolve_job_def(f"{idle.replace('-', '_')}_start_day")
+    run = looking_idly.instance.create_run_for_job(job, tags={"ssmd/environment": idle, "dagster/partition": day})
+
+    async def cut_off() -> list[str]:
+        async with open_desk(load_setting(idle), f"dagster:{run.run_id}") as desk:
+            await desk.stores.journal.create()
+            await desk.book.append(day, EventName.DEFINED)
+            await desk.book.append(day, EventName.START_REQUESTED, data=StartRequested(mode="live"))
+            await desk.stores.cache.acquire(day, desk.owner)
+            told = await run_ended(desk, f"dagster:{run.run_id}", CANCELLED)
+            await desk.stores.cache.release(day, desk.owner)
+        return told
+
+    assert asyncio.run(cut_off()) == []
+    looking_idly.instance.report_run_canceled(run)
+    monkeypatch.setattr("ssmd_dagster.day.reconcile.STALE_S", -1)
+    assert looking_idly.tick("reconcile").run_requests == []
+    shown = in_house.day(idle, day)
+    assert (shown["state"], shown["error"]) == ("FAILED", f"the run {run.run_id[:8]} was cancelled without a word")
+
+
 def test_one_environment_in_trouble_is_told_once(
-    looking_idly: Dagster, idle: str, caplog: pytest.LogCaptureFixture
+    looking_idly: Dagster, idle: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After three looks in vain the message says which environment cannot be seen; the other one is looked at each time."""
     with caplog.at_level(logging.ERROR, MARKER):
@@ -349,6 +390,41 @@ def test_one_environment_in_trouble_is_told_once(
     told = [record.getMessage() for record in caplog.records if record.name == MARKER]
     assert len(told) == 1
     assert told[0].startswith("[BLIND] away: the sensors cannot look at it: ")
+    caplog.clear()
+
+    async def broken(*_: object) -> None:
+        raise JournalBrokenError(7, "another hash", where=idle)
+
+    monkeypatch.setattr(Follower, "look", broken)
+    looking_idly.tick("journal")
+    with caplog.at_level(logging.ERROR, MARKER):
+        for _ in range(4):
+            looking_idly.tick("reconcile")
+    told = [record.getMessage() for record in caplog.records if record.name == MARKER]
+    assert len(told) == 1
+    assert told[0].startswith(f"[BLIND] {idle}: the sensor `journal` cannot look at it: the day journal is broken at")
+
+
+def test_only_what_was_there_before_a_reading_began_may_be_old_news() -> None:
+    """Dagster was away for hours: what failed in the meantime is told. One that is new to a journal tells the last hour's."""
+    log = started()
+    log.add(EventName.ERROR_RAISED, at_ns=1)
+    log.add(EventName.GAVE_UP, at_ns=2)
+    news = [News(seq, event, log.day()) for seq, event in log.events]
+    window = Window(0, 9_000 * 1_000_000_000)
+    fake = SimpleNamespace(env=ENV, setting=SimpleNamespace(clock=lambda: window.close_ns), window=lambda _: window)
+
+    def told(old_seq: int, lost: Place | None = None) -> list[str]:
+        place = Place(seq=5, sha256="aa", old_seq=old_seq)
+        return [alert.text for alert in sensors._worth_telling(cast("Desk", fake), Look(news, place, lost))]
+
+    assert [text.partition(" ")[0] for text in told(0)] == ["[ERROR]", "[FAILED]"]
+    assert [text.partition(" ")[0] for text in told(4)] == ["[FAILED]"]
+    assert told(5) == []
+    (text,) = told(5, Place(seq=812))
+    assert text.startswith(
+        f"[BLIND] {ENV}: the journal: it is not the one that was read up to sequence 812: restored, "
+    )
 
 
 def test_a_fault_of_ours_in_one_environment_does_not_silence_the_others(looking_idly: Dagster, idle: str) -> None:

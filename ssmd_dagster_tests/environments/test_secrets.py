@@ -22,8 +22,9 @@ def written(tmp_path: Path, text: str, mode: int = 0o600) -> Path:
 
 
 def test_the_environment_wins_over_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both are seen, and a variable that is set replaces the file's."""
+    """Both are seen, and a variable that is set replaces the file's; an empty one is as good as none."""
     monkeypatch.setenv("SSMD_TEST_A", "from the environment")
+    monkeypatch.setenv("SSMD_TEST_C", "")
     home = written(
         tmp_path, "SSMD_TEST_A=from the file\n# a note\n\nexport SSMD_TEST_B='quoted value'\nSSMD_TEST_C=a=b\n"
     )
@@ -35,7 +36,7 @@ def test_the_environment_wins_over_the_file(tmp_path: Path, monkeypatch: pytest.
 
 def test_no_file_is_no_error(tmp_path: Path) -> None:
     """A machine that has everything in its environment needs no file."""
-    assert dict(load_secrets(tmp_path)) == dict(os.environ)
+    assert dict(load_secrets(tmp_path)) == {name: value for name, value in os.environ.items() if value}
 
 
 @pytest.mark.parametrize("mode", [0o644, 0o640, 0o602])

@@ -207,6 +207,17 @@ async def test_a_refusal_is_raised_with_its_code() -> None:
         assert not caught.value.transient
 
 
+async def test_a_subscription_that_the_exchange_has_forgotten_is_told() -> None:
+    """Code 7 as the answer to a command about it: without that it would stay silent for ever."""
+    async with connected() as (server, connection, sink):
+        await connection.subscribe(["trade"], ["A"])
+        refusal = {"type": "error", "msg": {"code": 7, "msg": "Unknown subscription ID"}}
+        server.answer = lambda one: [refusal | {"id": one["id"]}]
+        with pytest.raises(ExchangeRefusedError, match="7 Unknown"):
+            await connection.add_markets(1, ["B"])
+        assert sink.events == [SubscriptionLost(sid=1, reason="7 Unknown subscription ID", forgotten=True)]
+
+
 async def test_a_refusal_of_unknown_shape_is_still_a_refusal() -> None:
     """The exchange may change its errors too."""
     async with connected() as (server, connection, _):

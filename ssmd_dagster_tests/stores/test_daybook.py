@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING
 
+import msgspec
 import pytest
 from hypothesis import given
 from nats.js import JetStreamContext
 from redis.asyncio import Redis
 
-from ssmd_dagster.day.events import Book
+from ssmd_dagster.day.events import Book, JournalBrokenError
 from ssmd_dagster.day.payloads import Checkpoint
 from ssmd_dagster.day.states import EventName
 from ssmd_dagster.stores import daybook
@@ -92,6 +93,20 @@ async def test_what_was_folded_of_another_journal_is_not_believed(place: Place) 
     assert await place.read() == (whole, 15)
     await place.cache.put_folded(Book(env="x", days={}, tip_seq=700), "0" * 64)
     assert await place.read() == (whole, 15)
+
+
+async def test_a_reader_that_has_another_journal_in_mind_folds_nothing_onto_it(place: Place) -> None:
+    """A backup was restored under a process that goes on, and has more events by now than that had read."""
+    reader = place.reader()
+    before = await reader.refresh()
+    assert reader._tip is not None
+    reader._tip = msgspec.structs.replace(reader._tip, sha256="0" * 64)
+    assert await reader.refresh() == before, "nothing stands behind it"
+    await place.reader().append(DATE, EventName.GAP_OPENED, data=DATA[EventName.GAP_OPENED])
+    with pytest.raises(JournalBrokenError, match="sequence 16"):
+        await reader.refresh()
+    with pytest.raises(JournalBrokenError, match="sequence 16"):
+        await reader.append(DATE, EventName.VERIFIED, data=DATA[EventName.VERIFIED])
 
 
 async def test_what_is_damaged_or_folded_by_other_rules_is_not_used(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 from hashlib import sha256
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, cast
 
 import pytest
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from nats.js import JetStreamContext
+
+    from ssmd_dagster.day.events import TradingDay
 
 
 def an_event(env: str, number: int = 0, **changes: object) -> DayEvent:
@@ -135,6 +138,20 @@ async def test_a_journal_behind_what_was_read_is_broken(journal: Journal, env_na
     await append_many(journal, env_name, 2)
     with pytest.raises(JournalBrokenError, match="ends with sequence 2"):
         await journal.read(5)
+
+
+async def test_a_day_is_read_without_keeping_what_lies_between_its_events(
+    journal: Journal, env_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that is verified again after months has all of them between its first event and its last."""
+    stored = await append_many(journal, env_name, 2)
+    for number in range(2, 9):
+        stored.append(await journal.append(an_event(env_name, number, date="2026-01-01"), stored[-1]))
+    stored.append(await journal.append(an_event(env_name, 9), stored[-1]))
+    monkeypatch.setattr("ssmd_dagster.stores.journal._READ_BATCH", 2)
+    monkeypatch.setattr(journal, "read", None)
+    day = SimpleNamespace(date="2025-12-14", first_seq=1, last_seq=10)
+    assert await journal.read_day(cast("TradingDay", day)) == [*stored[:2], stored[9]]
 
 
 async def test_deletes_are_refused(js: JetStreamContext, journal: Journal, env_name: str) -> None:

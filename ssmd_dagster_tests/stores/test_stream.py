@@ -10,7 +10,7 @@ import pytest
 
 from ssmd_dagster.errors import ConfigurationError, NotFoundError, UnreachableError
 from ssmd_dagster.stores.connect import connect_nats
-from ssmd_dagster.stores.jetstream import StreamFullError
+from ssmd_dagster.stores.jetstream import StreamFullError, client_of
 from ssmd_dagster.stores.stream import BatchId, BatchTooLargeError, RawBatch, RawConsumer, RawStream
 from ssmd_dagster_tests import servers
 
@@ -161,6 +161,15 @@ async def test_a_batch_beyond_max_payload_is_refused_here(raw: RawStream) -> Non
     assert await ack > 0
     async with raw.consume(DATE) as consumer:
         assert len((await take(consumer, 1))[0].data) == 8 * MIB - 1024
+
+
+async def test_create_refuses_a_server_that_takes_small_messages_only(
+    js: JetStreamContext, env_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NATS's own default is too small for a busy channel's batches: said at the start, not by a line in a log."""
+    monkeypatch.setattr(client_of(js), "_max_payload", MIB)
+    with pytest.raises(ConfigurationError, match=r"1048576 bytes at most.*max_payload: 8388608"):
+        await RawStream(js, env_name).create(64 * MIB)
 
 
 async def test_create_refuses_other_settings(js: JetStreamContext, env_name: str) -> None:

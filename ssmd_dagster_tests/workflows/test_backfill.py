@@ -109,6 +109,14 @@ async def test_complete_days_are_told_first_and_do_not_count_for_the_time_left(m
     ]
 
 
+async def test_a_complete_day_that_has_nothing_is_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A forced end left it `missing`; the range brings it back like one that was never recorded."""
+    empty = finished(DATES[1])
+    empty.condition = "missing"
+    found, _ = await run(monkeypatch, {}, {DATES[1]: empty})
+    assert [one.outcome for one in found] == ["replayed", "replayed", "replayed"]
+
+
 async def test_what_no_replay_brings_back_stands_against_no_day(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every replayed day is degraded by it; what else there is makes the exit code of the whole."""
     results, _ = await run(monkeypatch, {})

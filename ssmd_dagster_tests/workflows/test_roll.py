@@ -60,6 +60,11 @@ def test_a_roll_over_midnight_leaves_no_hole(house: House, env_name: str) -> Non
     folders = [Path(day["archive"]) for day in (old, new)]
     windows = [json.loads((folder / "manifest.json").read_text()) for folder in folders]
     assert windows[0]["close_ns"] == windows[1]["open_ns"] == boundary_ns
+    # The journal says so too: no later edit of the schedule moves the window of a day that was recorded.
+    events = [json.loads(line) for line in house.ssmd("day", "events", env_name, "--json").stdout.splitlines()]
+    opened = {event["date"]: event["data"]["open_ns"] for event in events if event["event"] == "started"}
+    closed = {event["date"]: event["data"]["close_ns"] for event in events if event["event"] == "end_requested"}
+    assert (closed[first], opened[second]) == (boundary_ns, boundary_ns)
 
     truth = house.home / "simulator" / env_name / "truth"
     verdict = judge(truth, *folders)
