@@ -18,6 +18,7 @@ from ssmd_dagster.day.causes import GapCause
 from ssmd_dagster.day.payloads import ConditionValue
 from ssmd_dagster.day.states import DayState
 from ssmd_dagster.environments.home import project_dir
+from ssmd_dagster.environments.models import EXCHANGE_KEY_FIELDS, KEY_FIELDS, Model
 from ssmd_dagster.workflows.alerts import Kind
 
 DOCUMENTS = [project_dir() / "README.md", *sorted((project_dir() / "docs").glob("*.md"))]
@@ -138,6 +139,18 @@ def test_links_between_documents_lead_somewhere() -> None:
     for document in DOCUMENTS:
         for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
             assert (document.parent / target).exists(), f"{document.name}: {target}"
+
+
+def test_every_key_of_the_configuration_is_documented() -> None:
+    """The page of environments names each field of each model, as it is written in YAML, and each field of credentials."""
+    text = re.sub("```.*?```", "", (project_dir() / "docs" / "environments.md").read_text(), flags=re.DOTALL)
+    named = {word for code in re.findall(r"`([^`]+)`", text) for word in re.findall(r"\w+", code)}
+    found, fields = list(Model.__subclasses__()), set(EXCHANGE_KEY_FIELDS).union(*KEY_FIELDS.values(), KEY_FIELDS)
+    for model in found:
+        found += model.__subclasses__()
+        fields |= {field.alias or name for name, field in model.model_fields.items()}
+    assert len(found) > 10
+    assert fields <= named
 
 
 def _first_cells(heading: str) -> set[str]:

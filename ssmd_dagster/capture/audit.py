@@ -42,6 +42,7 @@ from ssmd_dagster.capture.sequence import gap_id_of
 from ssmd_dagster.capture.setting import Setting, load_setting
 from ssmd_dagster.capture.spool import (
     append_to_spool,
+    is_written,
     mend_spool,
     read_spool,
     shard_of,
@@ -349,8 +350,15 @@ async def main(env_name: str, date: str, stop: asyncio.Event) -> None:
 
 
 async def audit(setting: Setting, stores: Stores, date: str) -> None:
-    """Repair the stream from the spool and append the final checkpoint."""
+    """Repair the stream from the spool and append the final checkpoint. Raises `SsmdError` while somebody records."""
     directory = spool_dir(setting.home, setting.env.name, date)
+    living = [conn for conn in spooled_connections(directory) if is_written(spool_path(directory, conn))]
+    if living:
+        raise SsmdError(
+            f"still being recorded: {', '.join(living)}",
+            where=str(directory),
+            do="Stop that connector, which its supervisor does not know of (`ps`); then run the command again.",
+        )
     mended = await mend(stores, directory, date)
     if mended:
         _log.warning("put back %d batches of the spool from the stream", mended)

@@ -227,16 +227,18 @@ class Follower:
         new = batches(sorted(self._roster.tickers() - self._members.keys() - self._refused))
         await self._each([partial(self._add, batch) for batch in new])
 
-    async def _each(self, doings: Iterable[Callable[[], Awaitable[None]]]) -> None:
+    async def _each(
+        self, doings: Iterable[Callable[[], Awaitable[None]]], *, unless: tuple[type[SsmdError], ...] = ()
+    ) -> None:
         """Do one after another; none keeps the others from being done by its failure. Raises the first, at the end.
 
-        At once where going on is no use: the connection has ended, there is no room, or the beginning has failed.
+        At once where going on is no use: one of `unless`, the connection has ended, or the beginning has failed.
         """
         failure: SsmdError | None = None
         for do in doings:
             try:
                 await do()
-            except MarketLimitError:
+            except unless:
                 raise
             except SsmdError as error:
                 if self._up_ns is None or self._recorder.ended is not None:
@@ -292,7 +294,8 @@ class Follower:
     async def _add(self, batch: list[str]) -> None:
         """Subscribe a batch of markets on every channel; late, it is a gap."""
         try:
-            await self._each(partial(self._add_to, channel, batch) for channel in self._market_channels)
+            adds = (partial(self._add_to, channel, batch) for channel in self._market_channels)
+            await self._each(adds, unless=(MarketLimitError,))
             self._snapshot_at = time.monotonic()
         except MarketLimitError as error:
             # The others shall not suffer from it. The gap stays open: these markets are not recorded.

@@ -5,6 +5,7 @@ What is in the spool is safe from a crash of this process and of NATS. Not here:
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import mmap
 import os
@@ -59,7 +60,7 @@ def last_connection(conns: Iterable[str], epoch: int, shard: str) -> str | None:
 
 
 class SpoolWriter:
-    """Appends batches to the file of one connection; every append is on disk when it returns.
+    """Appends batches to the file of one connection; every append is on disk when it returns. The file is locked until `close`.
 
     Creating it for a connection that has a file raises `FileExistsError`: a connection id is never used again. An append
     that fails (full disk) leaves the file as it was and raises the `OSError`. For one thread at a time.
@@ -71,6 +72,7 @@ class SpoolWriter:
         self.size_bytes = 0
         self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX)
             _fsync_directory(directory)
         except OSError:
             os.close(self._fd)
@@ -97,6 +99,16 @@ class SpoolWriter:
     def close(self) -> None:
         """Close the file."""
         os.close(self._fd)
+
+
+def is_written(path: Path) -> bool:
+    """Tell whether a process has a spool file open to write it: then its end is not yet there."""
+    with path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def _make_directory(directory: Path) -> None:

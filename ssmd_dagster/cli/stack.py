@@ -199,17 +199,18 @@ async def _stay(
 async def _wait(home: Path, interrupted: asyncio.Event, *, as_json: bool) -> None:
     """Wait until interrupted. Raises `UnreachableError`, with nothing left running, once supervisord is gone."""
     missed = 0
-    while not interrupted.is_set():
+    while missed < _MISSED_LOOKS:
         await _pause(interrupted, _LOOK_S)
+        if interrupted.is_set():
+            return
         missed = missed + 1 if await supervisor_is_gone(home) else 0
-        if missed == _MISSED_LOOKS and not interrupted.is_set():
-            # Whoever runs this as a service kills what is left of it; told to end, a connector loses nothing.
-            await stack.down(home, report=_report(quiet=as_json))
-            raise UnreachableError(
-                "supervisord is gone, so nothing that dies would be started again; stopped what it left behind",
-                where=str(home),
-                do="Run `ssmd up` again (a service does so by itself); the day comes back with `ssmd day recover`",
-            )
+    # Whoever runs this as a service kills what is left of it; told to end, a connector loses nothing.
+    await stack.down(home, report=_report(quiet=as_json))
+    raise UnreachableError(
+        "supervisord is gone, so nothing that dies would be started again; stopped what it left behind",
+        where=str(home),
+        do="Run `ssmd up` again (a service does so by itself); the day comes back with `ssmd day recover`",
+    )
 
 
 async def _pause(interrupted: asyncio.Event, length_s: float) -> None:

@@ -52,9 +52,9 @@ class Order(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, omit_defau
 
     `connection`: a number, or absent for every open one, or "next" for the one that comes; `channel`: only its frames;
     `count`: frames (or answers over HTTP) that it touches; `for_s`, `delay_s`: seconds; `path`: prefix below
-    `/trade-api/v2`; `status`: of HTTP answers; `body`: which of Kalshi's two 429 bodies; `code`: 10 or 25; `ticker`: one
-    market; `size`: bytes of a huge frame, how far a clock goes back, or by how many rows a page is off; `then`: how a black
-    hole ends.
+    `/trade-api/v2`; `status`: of HTTP answers; `body`: which of Kalshi's two 429 bodies; `code`: 10 or 25, or 7, which only
+    answers to later commands have; `ticker`: one market; `size`: bytes of a huge frame, how far a clock goes back, or by how
+    many rows a page is off; `then`: how a black hole ends.
     """
 
     fault: FrameKind | SocketKind | HttpKind
@@ -66,7 +66,7 @@ class Order(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, omit_defau
     path: str = ""
     status: int = 503
     body: Literal["flat", "nested"] = "nested"
-    code: Literal[10, 25] = 10
+    code: Literal[7, 10, 25] = 10
     ticker: str | None = None
     size: int = 0
     then: Literal["cut", "resume"] = "cut"

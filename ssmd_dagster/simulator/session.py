@@ -30,6 +30,7 @@ TICKER = "ticker"
 TRADE = "trade"
 LIFECYCLE = "market_lifecycle_v2"
 COMBO_LIFECYCLE = "multivariate_market_lifecycle"
+UNKNOWN_SID = 7
 QUIET = frozenset(("fill", "market_positions", "user_orders", "order_group_updates", "communications"))
 """Private channels: they can be subscribed and stay silent, since nobody trades here."""
 CHANNELS = frozenset((BOOK, TICKER, TRADE, LIFECYCLE, COMBO_LIFECYCLE, *indices.CHANNELS)) | QUIET
@@ -40,7 +41,7 @@ ERRORS = {
     3: "Channels required",
     4: "Subscription IDs required",
     5: "Unknown command",
-    7: "Unknown subscription ID",
+    UNKNOWN_SID: "Unknown subscription ID",
     8: "Unknown channel name",
     9: "Authentication required",
     10: "Channel error",
@@ -392,9 +393,10 @@ class Connection(WSListener):
             self.end_subscription(busiest, 25)
 
     def end_subscription(self, sub: Subscription, code: int) -> None:
-        """Send a terminal error of a subscription, and end it."""
-        seq = sub.next_seq()
-        self._answer("error", None, {"code": code, "msg": ERRORS[code]}, sid=sub.sid, seq=seq)
+        """Send a terminal error of a subscription, and end it; with code 7 without a word."""
+        if code != UNKNOWN_SID:
+            seq = sub.next_seq()
+            self._answer("error", None, {"code": code, "msg": ERRORS[code]}, sid=sub.sid, seq=seq)
         self.drop(sub.sid)
         self.flush()
 
@@ -625,7 +627,7 @@ class Connection(WSListener):
         for sid in sids:
             sub = self.subscriptions.get(sid) if isinstance(sid, int) else None
             if sub is None:
-                self._error(command_id, 7)
+                self._error(command_id, UNKNOWN_SID)
             else:
                 self._answer("unsubscribed", command_id, None, sid=sub.sid, seq=sub.next_seq())
                 self.drop(sub.sid)
@@ -658,7 +660,7 @@ class Connection(WSListener):
             return
         sub = self.subscriptions.get(sids[0]) if isinstance(sids[0], int) else None
         if sub is None:
-            self._error(command_id, 7)
+            self._error(command_id, UNKNOWN_SID)
             return
         action = params.get("action")
         names = _named_markets(params)

@@ -23,7 +23,7 @@ _log = logging.getLogger("ssmd_dagster.alerts")
 
 
 class Alert(msgspec.Struct, frozen=True, kw_only=True):
-    """One message. `date` is None where it concerns the whole environment; `blind` means that a sensor cannot look."""
+    """One message. `date` is None where it concerns the whole environment; `blind`: a sensor cannot look, or not go on."""
 
     env: str
     date: str | None
@@ -89,5 +89,5 @@ def of_flag(env: str, flag: Flag) -> Alert:
 
 
 def blind(env: str, sensor: str, cause: str, command: str) -> Alert:
-    """Return the message that a sensor cannot look at an environment."""
+    """Return the message that a sensor cannot look at an environment, or not go on where it was."""
     return Alert(env=env, date=None, kind="blind", cause=f"{sensor}: {cause}", command=command)

@@ -16,8 +16,9 @@ from ssmd_dagster.day.states import ENVIRONMENT_EVENTS, EventName
 from ssmd_dagster.stores.journal import StoredEvent
 from ssmd_dagster.workflows.desk import Desk
 
-AT_ONCE = 200
-"""News that one look returns at most: a long journal that nobody has read is caught up with in several looks."""
+AT_ONCE = 50
+"""News that one look returns at most, a few days': the catalog reads the store for each that is done. A long journal that
+nobody has read is caught up with in many looks."""
 READ_AT_ONCE = 5_000
 """Events that one look reads at most to find them."""
 FOLDED_AT_ONCE = 50_000

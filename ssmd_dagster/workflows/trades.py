@@ -1,7 +1,8 @@
 """The exchange's own list of trades against the archive's, by id; what the archive lacks is fetched and recorded as pages.
 
-Limited to the markets that were recorded and to the time from the first subscription to the close. An exchange that cannot be
-asked leaves the line not computed, with the reason. Not here: how the archive's ids are gathered (`archive.trade_ids`).
+Limited to the markets that were recorded and to the time from the first subscription to the close; what another day's recording
+holds of the beginning is listed too, and recorded as pages. An exchange that cannot be asked leaves the line not computed, with
+the reason. Not here: how the archive's ids are gathered (`archive.trade_ids`).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from ssmd_dagster.day.states import EventName
 from ssmd_dagster.errors import SsmdError
 from ssmd_dagster.exchange import SESSION, Exchange, TradePage, TradeQuery, room_part
 from ssmd_dagster.workflows.desk import Desk
+from ssmd_dagster.workflows.recorded_on import recorded_before, recorded_into
 
 AROUND_NS = 2_000_000_000
 """How far beyond the day's ends the list is asked for."""
@@ -67,8 +69,10 @@ async def compare_trades(desk: Desk, day: TradingDay, ids: TradeIds, *, repair: 
     window = desk.window(day)
     if ids.first_up_ns is None and not ids.markets:
         return Compared(None, why_not="no subscription is recorded")
-    # What was replayed is of the whole day; a day that was only recorded is asked for from its first subscription on.
-    first_ns = window.open_ns if day.mode == "replay" or ids.first_up_ns is None else ids.first_up_ns
+    # A day that was only recorded, and by itself alone, is asked for from its first subscription on.
+    before = recorded_before(desk, day)
+    held_before = before is not None and recorded_into(desk, before, day)
+    first_ns = window.open_ns if day.mode == "replay" or held_before or ids.first_up_ns is None else ids.first_up_ns
     asked = Window(open_ns=max(window.open_ns, first_ns), close_ns=window.close_ns)
     if asked.open_ns >= asked.close_ns:
         return Compared(ids.matching(), asked)

@@ -25,9 +25,10 @@ from ssmd_dagster.capture.audit import (
 )
 from ssmd_dagster.capture.gaps import GapLog, gaps_between, noted_gaps
 from ssmd_dagster.capture.setting import Setting
-from ssmd_dagster.capture.spool import read_spool, spooled_records
+from ssmd_dagster.capture.spool import SpoolWriter, read_spool, spooled_records
 from ssmd_dagster.day.payloads import ChannelCount, GapOpened
 from ssmd_dagster.environments.home import spool_dir
+from ssmd_dagster.errors import SsmdError
 from ssmd_dagster.exchange import SESSION
 from ssmd_dagster.stores.connect import Stores
 from ssmd_dagster.stores.daybook import DayBook
@@ -315,6 +316,21 @@ async def test_what_a_disk_has_spoilt_is_put_back_from_the_stream_and_else_decla
     events = len(await stores.journal.read())
     await audit(setting, stores, DATE)
     assert len(await stores.journal.read()) == events
+
+
+async def test_a_connection_that_is_still_recorded_is_not_audited(
+    setting: Setting, stores: Stores, book: DayBook
+) -> None:
+    """What it lacks yet would be written in its place, under ordinals that it gives out too."""
+    directory = spool_dir(setting.home, setting.env.name, DATE)
+    batches = a_recording("3-a-0", env=setting.env.name, end=False).batches()
+    writer = SpoolWriter(directory, "3-a-0")
+    writer.append(batches)
+    with pytest.raises(SsmdError, match="still being recorded: 3-a-0"):
+        await audit(setting, stores, DATE)
+    assert writer.path.read_bytes() == b"".join(batches)
+    writer.close()
+    await audit(setting, stores, DATE)
 
 
 async def test_a_day_without_a_spool_is_audited_as_empty(setting: Setting, stores: Stores, book: DayBook) -> None:

@@ -158,10 +158,16 @@ async def test_a_market_for_which_there_is_no_room_is_one_gap_until_it_has_settl
 
 
 @pytest.mark.parametrize(
-    "refused", [("delete", 1), ("subscribe", "trade"), ("add", 1)], ids=["delete", "subscribe", "add"]
+    ("refused", "error"),
+    [
+        (("delete", 1), UnreachableError("no answer")),
+        (("subscribe", "trade"), MarketLimitError("full")),
+        (("add", 1), UnreachableError("no answer")),
+    ],
+    ids=["delete", "subscribe", "add"],
 )
 async def test_whatever_fails_keeps_new_markets_from_no_other_channel(
-    tmp_path: Path, refused: tuple[str, int | str]
+    tmp_path: Path, refused: tuple[str, int | str], error: SsmdError
 ) -> None:
     """And that they are missed is known before anything is asked of the exchange."""
     bench = Bench(tmp_path, "A", "B", channels=("trade", "ticker"))
@@ -170,9 +176,9 @@ async def test_whatever_fails_keeps_new_markets_from_no_other_channel(
         bench.lose(1)
     bench.settle("B")
     bench.listed("NEW")
-    bench.socket.refused[refused] = UnreachableError("no answer")
+    bench.socket.refused[refused] = error
     for _ in range(2):
-        with pytest.raises(UnreachableError):
+        with pytest.raises(type(error)):
             await bench.step()
     assert ("add", 2, 1) in bench.socket.commands
     assert ("gap_opened", ["NEW"]) in [(event, about) for event, about, _ in bench.told()]

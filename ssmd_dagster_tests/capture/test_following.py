@@ -190,11 +190,21 @@ async def test_frames_that_come_twice_late_or_in_disorder_are_counted(
         assert {(gap.cause, gap.outcome) for gap in gaps} == {("sequence_jump", "healed")}
 
 
-@pytest.mark.parametrize(("code", "channel"), [(10, "orderbook_delta"), (25, "market_lifecycle_v2")])
+@pytest.mark.parametrize(
+    ("code", "channel"), [(10, "orderbook_delta"), (25, "market_lifecycle_v2"), (7, "orderbook_delta")]
+)
 async def test_a_subscription_that_the_exchange_ends_is_made_again(
-    setting: Setting, stores: Stores, book: DayBook, sim: Running, code: int, channel: str
+    setting: Setting,
+    stores: Stores,
+    book: DayBook,
+    sim: Running,
+    code: int,
+    channel: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """On the same socket, with a gap of that subscription alone."""
+    """On the same socket, with a gap of that subscription alone; one that was forgotten is found with the next proof."""
+    if code == 7:
+        monkeypatch.setattr(follower_module, "PROOF_EVERY_S", 0.2)
     async with capturing(setting, sim, book) as capture:
         await capture.up()
         sid = capture.connector._follower.sids[channel]  # type: ignore[union-attr]

@@ -367,10 +367,13 @@ async def test_a_supervisor_that_does_not_answer_is_left_alone(
     """A busy supervisord may own a capture: it is named, not replaced; only the end of the stack ends it."""
     monkeypatch.setattr("ssmd_dagster.capture.supervisor.CALL_TIMEOUT_S", 0.3)
     pid = int((home / "supervisor" / "supervisord.pid").read_text())
+    assert not await supervisord.supervisor_is_gone(home)
     os.kill(pid, signal.SIGSTOP)
     with pytest.raises(UnreachableError, match=str(pid)):
         await supervisord.start_supervisor(home)
+    assert not await supervisord.supervisor_is_gone(home)
     assert [process for process in await supervisord.end_supervisor(home) if str(pid) in process]
+    assert await supervisord.supervisor_is_gone(home)
 
 
 async def test_the_end_of_the_supervisor_leaves_nothing(supervisor: SupervisordSupervisor, home: Path) -> None:

@@ -9,9 +9,11 @@ import shlex
 import subprocess
 import tomllib
 from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import dagster as dg
 import pytest
 import yaml
 from dagster._config import process_config, resolve_to_config_type
@@ -93,6 +95,9 @@ def test_what_the_containers_name_is_there() -> None:
     assert services["webserver"]["command"][5:7] == ["-p", "3001"]
     assert ":3001/server_info" in services["webserver"]["healthcheck"]["test"][-1]
     assert services["code"]["healthcheck"]["test"][-1] == "4000"
+    unit = (DEPLOY / "ssmd-compose.service").read_text()
+    assert "WorkingDirectory=/opt/ssmd\n" in unit
+    assert unit.count(" -f deploy/compose.yaml ") == 2
     build = services["code"]["build"]
     assert (DEPLOY / build["context"] / build["dockerfile"]).exists()
 
@@ -136,6 +141,27 @@ def test_the_command_line_of_a_host_acts_for_its_caller(tmp_path: Path, asked: s
         check=True,
     )
     assert done.stdout.splitlines() == [meant, "ada", "a&b;$c d", str(tmp_path), "day", "end", "a b"]
+
+
+def test_old_syncs_are_forgotten_and_nothing_else_is(tmp_path: Path) -> None:
+    """Runs of other jobs, newer ones and those under way stay; what goes takes its logs along."""
+    spec = importlib.util.spec_from_file_location("prune_runs", DEPLOY / "prune_runs.py")
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    over, under_way = dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.STARTED
+    with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
+        for job, status in (("a_sync_markets", over), ("a_sync_markets", under_way), ("a_end_day", over)):
+            run = instance.create_run_for_job(dg.GraphDefinition(job).to_job(name=job), status=status)
+            (tmp_path / "storage" / run.run_id / "compute_logs").mkdir(parents=True)
+        now = datetime.now(UTC)
+        assert script.prune(instance, now - timedelta(days=1)) == 0
+        assert script.prune(instance, now + timedelta(days=1)) == 1
+        left = {(run.job_name, run.status): run.run_id for run in instance.get_runs()}
+        assert left.keys() == {("a_sync_markets", under_way), ("a_end_day", over)}
+        logs = {path.parent.name for path in (tmp_path / "storage").glob("*/compute_logs")}
+        assert logs == set(left.values())
 
 
 def _names(example: str) -> set[str]:

@@ -40,6 +40,7 @@ def scene(tmp_path: Path) -> tuple[Desk, Path, list[str], dict[str, int]]:
             log.add(event, date=date)
         (folder / date).mkdir(parents=True)
         (folder / date / "1-a-0.batches").write_bytes(b"x" * SIZE)
+        (tmp_path / "logs" / f"{ENV}-{date}").mkdir(parents=True)
     (folder / "lost+found").mkdir()
     purged: list[str] = []
     clock = {"now": 0, "free": SIZE}
@@ -69,7 +70,7 @@ def scene(tmp_path: Path) -> tuple[Desk, Path, list[str], dict[str, int]]:
 async def test_a_sealed_day_is_kept_for_the_days_that_were_asked_for(
     scene: tuple[Desk, Path, list[str], dict[str, int]],
 ) -> None:
-    """To the nanosecond; then its batches go, once."""
+    """To the nanosecond; then its batches go, once, and the logs of its processes."""
     desk, folder, purged, clock = scene
     clock["now"] = (1 + RETAIN_DAYS) * DAY_NS
     assert await let_go_of_sealed_days(desk) == ()
@@ -78,6 +79,8 @@ async def test_a_sealed_day_is_kept_for_the_days_that_were_asked_for(
     assert await let_go_of_sealed_days(desk) == ()
     assert purged == ["2025-12-10"]
     assert sorted(path.name for path in folder.iterdir()) == [*list(DAYS)[1:], "lost+found"]
+    logs = desk.setting.home / "logs"
+    assert sorted(path.name for path in logs.iterdir()) == [f"{ENV}-{date}" for date in list(DAYS)[1:]]
 
 
 async def test_what_is_not_sealed_stays_for_ever(scene: tuple[Desk, Path, list[str], dict[str, int]]) -> None:

@@ -85,6 +85,8 @@ class Book:
 
     def __init__(self) -> None:
         self.events: list[tuple[str, Any]] = []
+        self.days: dict[str, TradingDay] = {}
+        self.book = self
 
     async def append(self, _date: str, event: str, **fields: Any) -> None:
         """Take an event."""
@@ -217,6 +219,21 @@ async def test_a_recorded_day_that_was_replayed_is_held_against_the_whole_list(i
     done = await compare_trades(desk_of(exchange), day, ids, repair=False, tell=lambda _text: None)
     assert done.asked == WINDOW
     assert line_of(done, ids) == ledger(20, 20)
+
+
+async def test_a_day_whose_beginning_another_one_recorded_is_held_against_the_whole_list(ids: TradeIds) -> None:
+    """Its own connectors came up late; what the day before recorded on is in its tables, and is listed too."""
+    assert ids.first_up_ns is not None
+    before = msgspec.structs.replace(day_with(), date="2025-12-13", recorded=True, recorded_until_ns=CLOSE_NS)
+    asked = []
+    for days in ({}, {before.date: before}):
+        exchange = ListedTrades([row(1)])
+        desk = desk_of(exchange)
+        desk.book.book.days.update(days)
+        ids.first_up_ns = START_NS + 20_000_000_000
+        await compare_trades(desk, day_with(), ids, repair=False, tell=print)
+        asked.append(exchange.asked[0].from_ns)
+    assert asked[0] - asked[1] == 20_000_000_000
 
 
 @pytest.mark.parametrize(("tape_pages", "per_ticker"), [(1, False), (2, True), (10_000, True)])
