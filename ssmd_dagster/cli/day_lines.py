@@ -304,4 +304,4 @@ class RollPrinter(Printer):
     def day_line(self, date: str, state: DayState) -> None:
         """Print the line that ends a half."""
         stream = sys.stderr if self._err else sys.stdout
-        self.line(f"  {mark(True, stream)} Day {date} {state}")
+        self.line(f"  {mark(state is not DayState.FAILED, stream)} Day {date} {state}")

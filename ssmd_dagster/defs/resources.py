@@ -210,7 +210,7 @@ class DaySession:
             attempt.verb = _patient(attempt.verb)
             return attempt
         if verb == "end":
-            return Attempt(desk, partition, _patient(END))
+            return Attempt(desk, partition, _patient(END), Options(rolled_from=partition if self._rolls else None))
         return Attempt(desk, partition, _patient(START), Options(unattended=self._unattended))
 
     async def _connected(self, setting: Setting) -> Desk:

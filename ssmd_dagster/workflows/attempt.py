@@ -72,9 +72,9 @@ class Verb(NamedTuple):
 class Options:
     """What an operator or a roll may ask of a verb.
 
-    A roll starts the new day with `rolled_from`, ACTIVE not before `boundary_ns` (None: as soon as it is ready). `unattended`: a
-    schedule or a sensor asks, perhaps long before its run begins; nothing that has been up since is opened again. Of `share`
-    replays side by side each has its part of the exchange's rate.
+    Both halves of a roll have `rolled_from`; the new day is ACTIVE not before `boundary_ns` (None: as soon as it is ready).
+    `unattended`: a schedule or a sensor asks, perhaps long before its run begins; nothing that has been up since is opened again.
+    Of `share` replays side by side each has its part of the exchange's rate.
     """
 
     mode: Literal["live", "replay"] | None = None

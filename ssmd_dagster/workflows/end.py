@@ -70,7 +70,7 @@ class AuditKilledError(SsmdError):
 
 
 async def may_end(attempt: Attempt) -> bool:
-    """See whether the day may be ended; False where it is COMPLETE and sealed already.
+    """See whether the day may be ended; False where it is COMPLETE and sealed, or a roll leads on from a failed start.
 
     Raises `RefusedError` where it was never started or another actor is at work on it.
     """
@@ -78,6 +78,9 @@ async def may_end(attempt: Attempt) -> bool:
     await create_streams(desk)
     day = await desk.book.day(date)
     if day is None or day.state is DayState.PENDING or (day.state is DayState.FAILED and not day.ever_active):
+        if day is not None and attempt.options.rolled_from is not None:
+            attempt.tell("note", "drain", f"Trading day {date} never was ACTIVE: there is nothing to end")
+            return False
         state = "was never started" if day is None else f"is {day.state} and never was ACTIVE"
         raise RefusedError(
             f"trading day {date} {state}, so there is nothing to end",
