@@ -228,6 +228,8 @@ def _tell_result(context: dg.OpExecutionContext, date: str, text: str) -> None:
 
 
 def _state(day: TradingDay, *, already: bool) -> str:
+    if already and day.state is DayState.FAILED:
+        return "FAILED to start, so there is nothing to end"
     condition = f", {day.condition}" if day.condition else ""
     return f"{'already ' if already else ''}{day.state}{condition}"
 
