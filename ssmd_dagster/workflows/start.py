@@ -183,7 +183,7 @@ async def finish(attempt: Attempt) -> TradingDay:
             "note", "markets", f"No market is what {desk.env} selects: nothing is recorded until one is listed"
         )
     open_ns = desk.window(started).open_ns
-    if first_time and open_ns < now_ns and day.open_ns is None:
+    if first_time and not in_time and open_ns < now_ns and day.open_ns is None:
         until_ns = min(now_ns, await _recorded_since(desk, date) or now_ns)
         windows = await desk.stores.cache.maintenance()
         late = pieces(open_ns, until_ns, windows, GapCause.LATE_START) if open_ns < until_ns else []

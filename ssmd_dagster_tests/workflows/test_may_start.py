@@ -6,6 +6,7 @@ from datetime import date
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 
 from ssmd_dagster.day.calendar import TradingCalendar
@@ -102,6 +103,42 @@ async def test_who_may_start_a_day(
             await start.may_start(attempt)
     else:
         assert await start.may_start(attempt) is may
+
+
+@pytest.mark.parametrize(("hours", "late_start"), [(-0.02, False), (0.02, True)])
+async def test_only_a_start_after_the_boundary_is_late(
+    monkeypatch: pytest.MonkeyPatch, hours: float, late_start: bool
+) -> None:
+    """A roll from a day that failed: nobody else recorded, but the new day's own connectors were up before it began."""
+    log = log_of(EventName.DEFINED, EventName.START_REQUESTED, dated=NEXT)
+    now_ns = [at(NEXT, hours)]
+    journaled: list[EventName] = []
+
+    async def wait_until(_desk: object, until_ns: int) -> None:
+        now_ns[0] = until_ns + 1_000_000
+
+    async def journal(event: EventName, data: Any) -> TradingDay:
+        journaled.append(event)
+        log.add(event, date=NEXT, data=msgspec.to_builtins(data))
+        return log.day(NEXT)
+
+    async def nothing(*_: object) -> Any:
+        return {}
+
+    desk = desk_of(monkeypatch, log.book, now_ns[0])
+    desk.setting.clock = lambda: now_ns[0]
+    desk.window = lambda day: CALENDAR.window(date.fromisoformat(day.date))
+    desk.stores = SimpleNamespace(cache=SimpleNamespace(heartbeats=nothing, maintenance=nothing))
+    monkeypatch.setattr(start, "wait_until", wait_until)
+    monkeypatch.setattr(start, "connector_names", lambda _env: ())
+    monkeypatch.setattr(start, "markets_subscribed", lambda _env, _beats: 5)
+    monkeypatch.setattr(start, "_recorded_since", nothing)
+    options = Options(mode="live", rolled_from=DATE, boundary_ns=at(NEXT, 0))
+    attempt: Any = SimpleNamespace(
+        desk=desk, date=NEXT, options=options, day=log.day(NEXT), journal=journal, tell=lambda *_: None
+    )
+    day = await start.finish(attempt)
+    assert (day.open_ns, EventName.GAP_OPENED in journaled) == (at(NEXT, 0), late_start)
 
 
 async def test_a_roll_passes_over_a_day_that_failed_to_start_and_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
