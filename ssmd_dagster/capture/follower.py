@@ -130,14 +130,18 @@ class Follower:
             gap_id = self._lost[channel] = self._gap_id()
             scope = {**self._scope, "sid": event.sid, "channel": channel}
             self._gaps.open(GapOpened(gap_id=gap_id, cause=GapCause.NOT_SUBSCRIBED, from_ns=recv_ns, scope=scope))
+        self._put_off(channel)
+        _log.warning("the exchange ended the subscription of %s: %s", channel, event.reason)
+        self._wake.set()
+
+    def _put_off(self, channel: str) -> None:
+        """Choose when the channel is subscribed again: at once, then after pauses that grow while it keeps failing."""
         now = time.monotonic()
         after_s = self._again_after_s.get(channel, 0.0)
         if now - self._again_at.get(channel, -SUBSCRIBE_AGAIN_MAX_S) > SUBSCRIBE_AGAIN_MAX_S:
             after_s = 0.0
         self._again_at[channel] = now + after_s
         self._again_after_s[channel] = min(max(0.5, after_s * 2), SUBSCRIBE_AGAIN_MAX_S)
-        _log.warning("the exchange ended the subscription of %s: %s", channel, event.reason)
-        self._wake.set()
 
     def snapshot_came(self, event: SnapshotCame) -> None:
         """A book's snapshot is there."""
@@ -256,22 +260,29 @@ class Follower:
         elif not self._members:
             return  # it comes with its first markets
         else:
-            more = batches(list(self._members))
-            self._await_snapshots(channel, list(self._members))
-            if channel not in self._sids:
-                await self._subscribe(channel, more.pop(0))
-            sid = self._sids.get(channel)
-            for batch in more:
-                if sid is None or self._sids.get(channel) != sid:
-                    return  # ended again: all of it once more
-                await self._connection.add_markets(sid, batch)
-            self._snapshot_at = time.monotonic()
+            try:
+                await self._subscribe_members(channel)
+            except SsmdError:
+                self._put_off(channel)
+                raise
         if channel not in self._sids:
-            return
+            return  # ended again: all of it once more
         gap_id = self._lost.pop(channel, None)
         if gap_id is not None:
             self._note_subscribed()
             self._gaps.close(gap_id, self._clock())
+
+    async def _subscribe_members(self, channel: str) -> None:
+        more = batches(list(self._members))
+        self._await_snapshots(channel, list(self._members))
+        if channel not in self._sids:
+            await self._subscribe(channel, more.pop(0))
+        sid = self._sids.get(channel)
+        for batch in more:
+            if sid is None or self._sids.get(channel) != sid:
+                return
+            await self._connection.add_markets(sid, batch)
+        self._snapshot_at = time.monotonic()
 
     def _note_subscribed(self) -> None:
         left_out = self._roster.left_out + len(self._refused)
@@ -293,6 +304,7 @@ class Follower:
 
     async def _add(self, batch: list[str]) -> None:
         """Subscribe a batch of markets on every channel; late, it is a gap."""
+        self._open_gap_of_late(batch)  # of those, too, that have come up while others were waited for
         try:
             adds = (partial(self._add_to, channel, batch) for channel in self._market_channels)
             await self._each(adds, unless=(MarketLimitError,))

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import xmlrpc.client
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -141,6 +142,8 @@ async def supervisor_is_gone(home: Path) -> bool:
         await connect_supervisor(home).ping()
     except (UnreachableError, ConfigurationError):
         return not await asyncio.to_thread(_supervisors, home)
+    except xmlrpc.client.Fault:  # it is shutting down, and stops its programs first
+        return False
     return False
 
 

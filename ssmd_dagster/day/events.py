@@ -117,7 +117,7 @@ class TradingDay(msgspec.Struct, frozen=True, kw_only=True):
         open_ns: Start of the window as journaled when it was first ACTIVE, or by a start by hand; None: not yet, the calendar's
             holds. `close_ns` likewise, journaled by its end.
         ever_active: The day was ACTIVE at least once, in any revision; `recorded`: it was so live.
-        recorded_with: The day whose recording went on through all of this one, which nobody started.
+        recorded_with: The day whose recording went on through all of this one, which never was ACTIVE.
         messages: Records of the day, from `completed` or the latest checkpoint that gave a total.
         checkpoints: Latest counts per component, connections accumulated.
         steps: Steps of the current attempt, in order.

@@ -66,7 +66,7 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Missed(msgspec.Struct, frozen=True, kw_only=True):
-    """A day that is over and that nobody started, with the reason to journal and the day that was recorded instead."""
+    """A day that is over and never was ACTIVE, with the reason to journal and the day that was recorded instead."""
 
     date: str
     reason: str
@@ -181,7 +181,8 @@ def after_failure(env: str, day: TradingDay, *, over: bool) -> str:
 
 def lacks_recorder(day: TradingDay) -> bool:
     """Tell whether a day failed to start, and no other day is known to have recorded on through it."""
-    return day.state is DayState.FAILED and not day.ever_active and day.recorded_with is None
+    tried = day.epoch is not None
+    return day.state is DayState.FAILED and tried and not day.ever_active and day.recorded_with is None
 
 
 def covered_by(book: Book, calendar: TradingCalendar, date: Date, facts: Facts) -> str | None:

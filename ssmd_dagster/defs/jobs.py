@@ -128,9 +128,8 @@ def jobs_of(environment: Environment, resource_overrides: Mapping[str, Any]) -> 
             "COMPLETE with ledger and condition. A day that is COMPLETE already is a success, a failed end goes on "
             f"with the same job. The same as `ssmd day end {name}`.",
             END_TIMEOUT_S,
-            lanes={
-                "ssmd/lane": f"{name}/end"
-            },  # however long it proves a day, the next one's start does not wait for it
+            # However long it proves a day, the next one's start does not wait for it.
+            lanes={"ssmd/lane": f"{name}/end"},
         ),
         "roll": job(
             roll_day,
@@ -138,10 +137,8 @@ def jobs_of(environment: Environment, resource_overrides: Mapping[str, Any]) -> 
             f"the boundary, then the partition's day is ended. The same as `ssmd day roll {name}`.",
             END_TIMEOUT_S,
             rolls=True,
-            lanes={
-                "ssmd/lane": f"{name}/live",
-                "dagster/priority": "1",
-            },  # before starts that somebody launched over a range
+            # Before starts that somebody has launched over a range.
+            lanes={"ssmd/lane": f"{name}/live", "dagster/priority": "1"},
         ),
         "recover": job(
             recover_day,
@@ -153,8 +150,8 @@ def jobs_of(environment: Environment, resource_overrides: Mapping[str, Any]) -> 
         "replay": job(
             replay_day,
             f"Replays the trading day of the partition in {name} from the exchange's history, and ends it: trades and markets, "
-            "not order books. The one to backfill over a range; a day that is COMPLETE already is left as it is. The same "
-            f"as `ssmd day backfill {name} --from DATE --to DATE`.",
+            "not order books. The one to backfill over a range; a day that is COMPLETE, and not empty, is left as it is. "
+            f"The same as `ssmd day backfill {name} --from DATE --to DATE`.",
             END_TIMEOUT_S,
             lanes={"ssmd/replay-lane": f"{name}/replay"},
         ),

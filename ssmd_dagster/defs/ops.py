@@ -24,7 +24,7 @@ from ssmd_dagster.environments.loader import broken_configuration, load_registry
 from ssmd_dagster.errors import ExitCode, SsmdError
 from ssmd_dagster.stores.secmaster import SyncResult
 from ssmd_dagster.workflows.attempt import Attempt
-from ssmd_dagster.workflows.backfill import replay_day
+from ssmd_dagster.workflows.backfill import is_done, replay_day
 from ssmd_dagster.workflows.desk import Desk, Progress, Report
 from ssmd_dagster.workflows.secmaster import sync as sync_security_master
 from ssmd_dagster.workflows.verify_sealed import verify_sealed
@@ -138,7 +138,8 @@ recover = _op(
 
 @dg.op(
     name="replay_from_exchange",
-    description="Replays the day from the exchange's history and ends it. A day that is COMPLETE already is left as it is.",
+    description="Replays the day from the exchange's history and ends it. A day that is COMPLETE already, and not "
+    "empty, is left as it is.",
     out=dg.Out(dg.Nothing),
     required_resource_keys={"desk"},
 )
@@ -147,8 +148,9 @@ def replay(context: dg.OpExecutionContext) -> None:
 
     async def work(desk: Desk, date: str) -> tuple[TradingDay, bool]:
         before = await desk.book.day(date)
-        already = before is not None and before.state is DayState.COMPLETE
-        return await replay_day(desk, date, reason=f"run {context.run_id[:8]}"), already
+        already = before is not None and is_done(before)
+        limit_s = context.resources.desk.session.limit_s
+        return await replay_day(desk, date, reason=f"run {context.run_id[:8]}", limit_s=limit_s), already
 
     day, already = _called(context, work, "backfill")
     _tell_result(context, day.date, _state(day, already=already))

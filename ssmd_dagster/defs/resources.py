@@ -132,7 +132,7 @@ class DaySession:
         self._actor = f"dagster:{run_id}"
         self._rolls = rolls
         self._unattended = unattended
-        self._limit_s = time.monotonic() + most_s - LAUNCH_S
+        self.limit_s = time.monotonic() + most_s - LAUNCH_S
         self._background = Background(f"desk-{run_id[:8]}")
         self._stack = contextlib.AsyncExitStack()
         self._desk: Desk | None = None
@@ -186,7 +186,7 @@ class DaySession:
         attempt = self._attempts.get(verb)
         if attempt is None:
             attempt = self._attempts[verb] = await self._new_attempt(verb, partition)
-            attempt.limit_s = self._limit_s
+            attempt.limit_s = self.limit_s
         try:
             await work(attempt)
         except (SsmdError, asyncio.CancelledError):  # as an attempt fails: it is journaled
@@ -210,7 +210,7 @@ class DaySession:
             attempt.verb = _patient(attempt.verb)
             return attempt
         if verb == "end":
-            return Attempt(desk, partition, _patient(END), Options(rolled_from=partition if self._rolls else None))
+            return Attempt(desk, partition, _patient(END), Options(in_roll=self._rolls))
         return Attempt(desk, partition, _patient(START), Options(unattended=self._unattended))
 
     async def _connected(self, setting: Setting) -> Desk:
@@ -289,7 +289,10 @@ class DayDesk(dg.ConfigurableResource):  # type: ignore[type-arg] # it is its ow
                 f"the job of {self.environment} for that, or leave the configuration as it is.",
                 allow_retries=False,
             )
-        unattended = not _ASKED_BY_CLOCK.isdisjoint(context.run.tags)
+        # A re-execution has its parent's tags, and somebody has clicked on it.
+        unattended = (
+            not _ASKED_BY_CLOCK.isdisjoint(context.run.tags) and "dagster/parent_run_id" not in context.run.tags
+        )
         self._session = DaySession(
             self.environment,
             context.run.run_id,

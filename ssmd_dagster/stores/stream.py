@@ -99,8 +99,7 @@ class RawStream:
         """Create the stream unless it is there; a full stream refuses new batches. Sets another `max_bytes` if asked.
 
         Raises:
-            ConfigurationError: A stream of that name has other settings, or the server has no room for `max_bytes` or takes
-                no messages of `MAX_PAYLOAD_BYTES`.
+            ConfigurationError: A stream of that name has other settings, or the server has no room for `max_bytes`.
             UnreachableError: No answer.
         """
         await ensure_stream(
@@ -118,6 +117,9 @@ class RawStream:
             ),
             adjust_max_bytes=True,
         )
+
+    def check_payload(self) -> None:
+        """Raise `ConfigurationError` where the server takes no messages of `MAX_PAYLOAD_BYTES`."""
         max_payload = client_of(self._js).max_payload
         if max_payload < MAX_PAYLOAD_BYTES:
             raise ConfigurationError(

@@ -72,7 +72,8 @@ class Verb(NamedTuple):
 class Options:
     """What an operator or a roll may ask of a verb.
 
-    Both halves of a roll have `rolled_from`; the new day is ACTIVE not before `boundary_ns` (None: as soon as it is ready).
+    A roll starts the new day with `rolled_from`, ACTIVE not before `boundary_ns` (None: as soon as it is ready), and ends the old
+    one `in_roll`.
     `unattended`: a schedule or a sensor asks, perhaps long before its run begins; nothing that has been up since is opened again.
     Of `share` replays side by side each has its part of the exchange's rate.
     """
@@ -82,6 +83,7 @@ class Options:
     reason: str | None = None
     rolled_from: str | None = None
     boundary_ns: int | None = None
+    in_roll: bool = False
     unattended: bool = False
     share: int = 1
 

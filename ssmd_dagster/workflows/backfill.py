@@ -1,13 +1,14 @@
 """Backfill: replay a range of days, one after the other or several side by side, each started and ended like any day.
 
-It keeps no state: what the journal has COMPLETE is skipped, what was cut off goes on where it was. One day that fails does not
-stop the others; one that failed for a passing cause, such as a server that is restarted or the lease of a backfill that was
-killed, is tried again first. Not here: how one day is fetched (`replay`).
+It keeps no state: what the journal has COMPLETE, and not empty, is skipped, what was cut off goes on where it was. One day that
+fails does not stop the others; one that failed for a passing cause, such as a server that is restarted or the lease of a backfill
+that was killed, is tried again first. Not here: how one day is fetched (`replay`).
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Sequence
 from datetime import date as Date  # noqa: N812 - `date` is the contract's word for the written form
@@ -69,8 +70,10 @@ class Tally(msgspec.Struct, frozen=True, kw_only=True):
 OnDay = Callable[[DayResult, Tally], None]
 
 
-async def replay_day(desk: Desk, date: str, *, share: int = 1, reason: str | None = None) -> TradingDay:
-    """Start a day in replay mode and end it; one that is COMPLETE already is returned as it is.
+async def replay_day(
+    desk: Desk, date: str, *, share: int = 1, reason: str | None = None, limit_s: float = math.inf
+) -> TradingDay:
+    """Start a day in replay mode and end it; one that is done already (`is_done`) is returned as it is.
 
     An attempt that was cut off goes on where it was. Progress goes to the desk's report. From here on the calling thread, and
     what it starts, gives way to whatever else wants the CPU. Raises what a start or an end raises.
@@ -83,8 +86,8 @@ async def replay_day(desk: Desk, date: str, *, share: int = 1, reason: str | Non
         return day
     its_end_is_left = day is not None and (day.state is DayState.ENDING or day.is_unsealed)
     if not its_end_is_left:
-        await Attempt(desk, date, START, Options(mode="replay", reason=reason, share=share)).go()
-    day = await Attempt(desk, date, END, Options(reason=reason)).go()
+        await Attempt(desk, date, START, Options(mode="replay", reason=reason, share=share), limit_s).go()
+    day = await Attempt(desk, date, END, Options(reason=reason), limit_s).go()
     await let_go_of_replay(desk, day)
     return day
 

@@ -78,7 +78,7 @@ async def may_end(attempt: Attempt) -> bool:
     await create_streams(desk)
     day = await desk.book.day(date)
     if day is None or day.state is DayState.PENDING or (day.state is DayState.FAILED and not day.ever_active):
-        if day is not None and attempt.options.rolled_from is not None:
+        if day is not None and attempt.options.in_roll:
             attempt.tell("note", "drain", f"Trading day {date} never was ACTIVE: there is nothing to end")
             return False
         state = "was never started" if day is None else f"is {day.state} and never was ACTIVE"
@@ -119,9 +119,8 @@ async def take(attempt: Attempt) -> TradingDay:
         closes_ns = min(desk.window(successor).open_ns, desk.calendar.close_ns(Date.fromisoformat(date)))
         # Both days record the seconds around the boundary, so that each has all of its own by the exchange's time.
         await wait_until(desk, closes_ns + OVERLAP_NS)
-    elif (
-        day is not None
-    ):  # journaled also where it is the schedule's: no later edit of that moves a recorded day's window
+    elif day is not None:
+        # Journaled also where it is the schedule's: no later edit of that moves a recorded day's window.
         closes_ns = min(desk.setting.clock(), desk.window(day).close_ns)
     if day is not None and running and day.mode == "live":
         await name_recorder(desk, day)
@@ -334,9 +333,8 @@ async def _flush(attempt: Attempt, deadline: _Deadline) -> str:
     try:
         asked = await _archiver(attempt, "flush", deadline)
         while (status := await _archiver(attempt, "status", deadline))["flushing"] or _is_another(status, asked):
-            if not status[
-                "flushing"
-            ]:  # the one that was asked was killed, and what it held is to be stored by this one
+            if not status["flushing"]:
+                # The one that was asked was killed, and what it held is to be stored by this one.
                 asked = await _archiver(attempt, "flush", deadline)
             await deadline.wait(attempt, _waited_for(f"{status['open_batches']} batches to be stored", status))
     except UnreachableError as error:

@@ -103,7 +103,7 @@ class Follower:
         lost: Place | None = None
         if place is not None and tip_seq != place.seq and not await _holds(desk, place, tip_seq):
             lost, place = place, None
-        if place is None:
+        if place is None or not place.seq:  # nothing has been read yet
             place = Place(old_seq=tip_seq)
             self._from = -1
         if tip_seq == place.seq:  # if it is another journal's event, the next one shows that

@@ -438,7 +438,7 @@ async def _run(desk: Desk, date: str, job: NormalizeJob, folder: Path, told: Tel
     job_path.write_bytes(msgspec.json.encode(job))
     with log_path.open("wb") as log:
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "ssmd_dagster.archive.normalize", str(job_path), str(result_path),
+            sys.executable, "-P", "-m", "ssmd_dagster.archive.normalize", str(job_path), str(result_path),
             stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, **_ALLOCATORS},
         )  # fmt: skip
         try:

@@ -64,13 +64,14 @@ async def facts(desk: Desk) -> Facts:
 
 
 async def miss(desk: Desk, date: str, reason: str, recorded_with: str | None = None) -> None:
-    """Journal a day that is over and was never started; nothing happens where somebody has started it in the meantime."""
+    """Journal a day that is over and never was ACTIVE; nothing happens where somebody has started it in the meantime."""
     day = desk.book.book.days.get(date)
     if day is None:
         day = await desk.book.append(date, EventName.DEFINED)
     if day.state is DayState.PENDING or (recorded_with is not None and lacks_recorder(day)):
         data = Missed(recorded_with=recorded_with)
-        await desk.book.append(date, EventName.MISSED, epoch=day.epoch, reason=reason, data=data)
+        with contextlib.suppress(RefusedError):
+            await desk.book.append(date, EventName.MISSED, epoch=day.epoch, reason=reason, data=data)
 
 
 async def name_recorder(desk: Desk, recorder: TradingDay) -> None:
@@ -81,8 +82,7 @@ async def name_recorder(desk: Desk, recorder: TradingDay) -> None:
     while calendar.close_ns(date) <= now_ns:
         known = known or await facts(desk)
         if covered_by(desk.book.book, calendar, date, known) == recorder.date:
-            with contextlib.suppress(RefusedError):  # somebody has taken the day in the meantime
-                await miss(desk, date.isoformat(), f"{RECORDED_WITH} {recorder.date}", recorder.date)
+            await miss(desk, date.isoformat(), f"{RECORDED_WITH} {recorder.date}", recorder.date)
         date += timedelta(days=1)
 
 

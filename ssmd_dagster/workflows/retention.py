@@ -1,8 +1,8 @@
 """What stream and spool need not hold any more: the archive of a sealed day has been read back.
 
 A recorded day's batches are kept for `retain_days` after its close, or until the stream wants their room (`day/retention`);
-those of a replayed day go at once, since the exchange still has them. The logs of a recorded day's processes go with its batches.
-What is not sealed is never touched.
+those of a replayed day go at once, since the exchange still has them. The logs of a sealed day's processes
+are kept for `retain_days`. What is not sealed is never touched.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _DAY_NS = 86_400_000_000_000
 
 
 async def let_go_of_sealed_days(desk: Desk) -> tuple[str, ...]:
-    """Empty stream, spool and logs of the days whose time is up or whose room is wanted; return their dates.
+    """Empty stream and spool of the days whose time is up or whose room is wanted; return their dates. Logs go with time alone.
 
     A spool's folder tells that there is something left, and how much. Raises `UnreachableError` where NATS does not answer.
     """
@@ -37,8 +37,11 @@ async def let_go_of_sealed_days(desk: Desk) -> tuple[str, ...]:
     found = dates_to_let_go(kept, desk.setting.clock(), keep_ns, usage.free)
     for date in found:
         await let_go(desk, date)
-        logs = logs_dir(desk.setting.home) / day_group(desk.env, date)
-        await asyncio.to_thread(shutil.rmtree, logs, ignore_errors=True)
+    now_ns = desk.setting.clock()
+    for day in desk.book.book.days.values():
+        if _proved(day) and desk.window(day).close_ns + keep_ns < now_ns:
+            logs = logs_dir(desk.setting.home) / day_group(desk.env, day.date)
+            await asyncio.to_thread(shutil.rmtree, logs, ignore_errors=True)
     return found
 
 

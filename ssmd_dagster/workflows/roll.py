@@ -93,5 +93,5 @@ async def roll(desk: Desk, date: str | None = None) -> Rolled:
     ):
         return Rolled(desk.book.book.days[ending], following, already=True)
     started = await starting_of(desk, ending, starting).go()
-    ended = await Attempt(desk, ending, END, Options(rolled_from=ending)).go()
+    ended = await Attempt(desk, ending, END, Options(in_roll=True)).go()
     return Rolled(ended, started)

@@ -63,9 +63,9 @@ async def may_start(attempt: Attempt) -> bool:
     await create_streams(desk)
     day = await desk.book.day(date)
     nobody_asked = attempt.options.unattended or attempt.options.rolled_from is not None
-    if nobody_asked and day is not None and day.state in HAS_BEEN_UP:
+    if nobody_asked and day is not None and (day.state in HAS_BEEN_UP or day.ended_ns is not None):
         return False
-    mode = "live" if attempt.options.unattended else mode_of(attempt, day)
+    mode = mode_of(attempt, day)
     if mode == "live" and day is not None and day.state is DayState.ACTIVE:
         return False
     await refuse_journal_behind(desk)
@@ -82,21 +82,27 @@ async def may_start(attempt: Attempt) -> bool:
         raise RefusedError(
             f"trading day {date} is {day.state}", where=desk.env, do=f"Use `ssmd day {verb} {desk.env} --date {date}`."
         )
-    if mode == "live" and now_ns >= calendar.close_ns(parsed):
+    if day is not None and day.state is DayState.STARTING:
+        await wait_until_gone(desk, date, VERB)
+    if mode == "live" and desk.setting.clock() >= calendar.close_ns(parsed):
         raise RefusedError(
             f"trading day {date} is over and cannot be recorded any more",
             where=desk.env,
             do=f"Build it from the exchange's history: `ssmd day backfill {desk.env} --from {date} --to {date}`.",
         )
-    if day is not None and day.state is DayState.STARTING:
-        await wait_until_gone(desk, date, VERB)
+    desk.stores.raw_stream.check_payload()
     return True
 
 
 def mode_of(attempt: Attempt, day: TradingDay | None) -> Mode:
-    """Return how a day is to be started: as asked for, as it runs, else live while its window is open."""
+    """Return how a day is to be started: as asked for, as it runs, else live while its window is open.
+
+    A schedule or a sensor means live: whatever of its day is over by then is not its business.
+    """
     if attempt.options.mode is not None:
         return attempt.options.mode
+    if attempt.options.unattended:
+        return "live"
     if day is not None and day.state is DayState.ACTIVE:
         return day.mode
     desk = attempt.desk

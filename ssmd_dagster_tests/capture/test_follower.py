@@ -65,6 +65,7 @@ class Socket:
     async def delete_markets(self, sid: int, tickers: Sequence[str]) -> None:
         """Let them go, or not."""
         self._take("delete", sid, tickers)
+        self.on_command("delete", sid)
 
 
 class Bench:
@@ -118,8 +119,9 @@ class Bench:
         return found
 
     async def step(self) -> None:
-        """Look at the roster a second later."""
+        """Look at the roster later, after every pause."""
         self.clock.now_ns += S
+        self.follower._again_at.clear()
         await self.follower._step()
 
 
@@ -221,6 +223,36 @@ async def test_a_subscription_is_made_anew_until_all_of_it_is_there(tmp_path: Pa
     await bench.step()
     assert bench.socket.commands == [("subscribe", "trade", 1_000), ("add", 3, 1_000), ("add", 3, 500)]
     assert bench.gaps._opened == {}
+
+
+async def test_what_keeps_failing_is_asked_for_after_pauses(tmp_path: Path) -> None:
+    """Also a subscription that was taken, and of which a later batch is refused."""
+    bench = Bench(tmp_path, *(f"T{number}" for number in range(1_500)))
+    await bench.follower.begin()
+    bench.lose(1)
+    bench.socket.refused["add", 2] = MarketLimitError("full")
+    for _ in range(2):  # at once, and then not before half a second
+        with pytest.raises(MarketLimitError):
+            await bench.follower._step()
+    bench.socket.commands.clear()
+    await bench.follower._step()
+    assert bench.socket.commands == []
+
+
+async def test_a_market_that_comes_up_while_another_is_waited_for_is_a_gap_too(tmp_path: Path) -> None:
+    """It was not there when the step began, and is subscribed late at its end."""
+    bench = Bench(tmp_path, "A", "B")
+    await bench.follower.begin()
+    bench.settle("B")
+
+    def slow(command: str, _sid: int) -> None:
+        if command == "delete":
+            bench.listed("NEW")
+            bench.clock.now_ns += 30 * S
+
+    bench.socket.on_command = slow
+    await bench.step()
+    assert [(event, about) for event, about, _ in bench.told()] == [("gap_opened", ["NEW"]), ("gap_closed", ["NEW"])]
 
 
 async def test_what_the_exchange_has_forgotten_is_missed_since_its_last_frame(tmp_path: Path) -> None:

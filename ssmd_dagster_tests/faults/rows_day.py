@@ -424,8 +424,12 @@ def wrong_configuration(stage: Stage) -> None:
         done = stage.house.ssmd("day", "start", ENV, check=8)
         assert words in done.stderr
     path.write_text(yaml.safe_dump(good, sort_keys=False))
-    done = stage.house.ssmd("day", "start", ENV, check=8, FAULTY_KEY_ID="")
-    assert "FAULTY_KEY_ID" in done.stderr
+    fields = good["keys"]["kalshi"]["fields"]
+    unset = {**good["keys"]["kalshi"], "fields": {**fields, "key_id": "NOBODY_HAS_SET"}}
+    path.write_text(yaml.safe_dump({**good, "keys": {**good["keys"], "kalshi": unset}}, sort_keys=False))
+    done = stage.house.ssmd("day", "start", ENV, check=8)
+    assert "NOBODY_HAS_SET" in done.stderr
+    path.write_text(yaml.safe_dump(good, sort_keys=False))
     assert stage.pid(CONNECTOR) is None
     assert stage.pid(ARCHIVER) is None
 

@@ -26,6 +26,7 @@ CALENDAR = TradingCalendar(
 FAILED = (EventName.DEFINED, EventName.START_REQUESTED, EventName.START_FAILED)
 ACTIVE = (EventName.DEFINED, EventName.START_REQUESTED, EventName.STARTED)
 ENDING = (*ACTIVE, EventName.END_REQUESTED)
+END_FAILED = (*ENDING, EventName.END_FAILED)
 COMPLETE = (*ENDING, EventName.COMPLETED)
 ERROR = (*ACTIVE, EventName.ERROR_RAISED)
 BY_SCHEDULE, IN_ROLL = Options(unattended=True), Options(mode="live", rolled_from="2025-12-13")
@@ -50,6 +51,7 @@ def desk_of(monkeypatch: pytest.MonkeyPatch, book: Book, now_ns: int) -> Any:
         env=ENV,
         book=SimpleNamespace(day=day, refresh=refresh, book=book),
         calendar=CALENDAR,
+        stores=SimpleNamespace(raw_stream=SimpleNamespace(check_payload=lambda: None)),
         setting=SimpleNamespace(
             clock=lambda: now_ns, env=SimpleNamespace(capture=SimpleNamespace(channels=("trade",)))
         ),
@@ -78,6 +80,7 @@ def at(day: str, hours: float) -> int:
         pytest.param(COMPLETE, BY_SCHEDULE, 1, False, id="a schedule after an operator has ended the day"),
         pytest.param(ERROR, BY_SCHEDULE, 1, False, id="a schedule beside a recovery"),
         pytest.param(FAILED, BY_SCHEDULE, 1, True, id="a schedule starts what has failed"),
+        pytest.param(END_FAILED, BY_SCHEDULE, 1, False, id="a schedule after an operator's end that failed"),
         pytest.param((), BY_SCHEDULE, 1, True, id="a schedule starts what nobody has"),
         pytest.param(FAILED, BY_SCHEDULE, 25, None, id="a schedule replays nothing"),
         pytest.param((), BY_SCHEDULE, 25, None, id="a schedule whose run began too late"),
