@@ -84,6 +84,13 @@ def torn_in(session_records: bytes) -> Iterable[Torn]:
             yield Torn(first, last, note["records"])
 
 
+def spoilt_ends_in(session_records: bytes) -> Iterable[tuple[str, int]]:
+    """Yield the channels whose last batch was spoilt before a note covered it, each with its last ordinal."""
+    for line in session_records.splitlines():
+        if b'"torn"' in line and (note := parse_record(line).note) is not None and note.get("event") == "torn":
+            yield from note.get("last", {}).items()
+
+
 def oversized_in(session_records: bytes) -> int:
     """Return how many frames a block of `session` records says were too large to be kept."""
     return sum(
@@ -94,11 +101,15 @@ def oversized_in(session_records: bytes) -> int:
 
 
 class Jump(msgspec.Struct, frozen=True):
-    """Numbers of a subscription that did not come, as the recorder noted them; both ends inclusive."""
+    """Numbers of a subscription that did not come, as the recorder noted them; both ends inclusive.
+
+    `numbering`: how often its numbers had begun anew.
+    """
 
     sid: int
     first: int
     last: int
+    numbering: int = 0
 
 
 def jumps_in(session_records: bytes) -> Iterable[Jump]:
@@ -107,7 +118,7 @@ def jumps_in(session_records: bytes) -> Iterable[Jump]:
         note = parse_record(line).note if b'"sequence_jump"' in line else None
         if note is not None and note.get("event") == "sequence_jump":
             before, after = note["seq"]
-            yield Jump(note["sid"], before + 1, after - 1)
+            yield Jump(note["sid"], before + 1, after - 1, note.get("numbering", 0))
 
 
 def sids_in(session_records: bytes) -> Iterable[int]:

@@ -13,6 +13,8 @@ import msgspec
 
 from ssmd_dagster.archive.batch import BatchHeader
 from ssmd_dagster.archive.intervals import Interval
+from ssmd_dagster.day.causes import GapCause
+from ssmd_dagster.day.payloads import GapOpened
 from ssmd_dagster.exchange import SESSION
 
 Place = tuple[str, str]
@@ -33,6 +35,21 @@ class Loss(msgspec.Struct, frozen=True, kw_only=True):
     from_ns: int
     to_ns: int
     seq: dict[str, tuple[int, int]]
+
+    @property
+    def gap(self) -> GapOpened:
+        """Return the gap that it is where nobody has the batches; all who find it name it alike."""
+        return GapOpened(
+            gap_id=f"gap-{self.conn}-archive-{self.channel}-{self.first}-{'end' if self.last is None else self.last}",
+            cause=GapCause.ARCHIVE_DAMAGED,
+            from_ns=self.from_ns,
+            scope={
+                "conn": self.conn,
+                "channel": self.channel,
+                "batches": [self.first, self.last],
+                "seq": {sid: list(span) for sid, span in self.seq.items()},
+            },
+        )
 
     def overlaps(self, first: int, last: int | None) -> bool:
         """Say whether it has a batch in common with those from `first` to `last`."""
@@ -77,12 +94,15 @@ class Batches:
         """Take note of a batch whose trailer is all that can be read."""
         self._spoilt.setdefault((header.conn, header.channel), []).append(_Run(header))
 
-    def losses(self, stated: Mapping[str, Iterable[Interval]]) -> tuple[Loss, ...]:
+    def losses(
+        self, stated: Mapping[str, Iterable[Interval]], spoilt_ends: Mapping[Place, int] | None = None
+    ) -> tuple[Loss, ...]:
         """Return what is missing, by connection, channel and number.
 
-        `stated`: the interval notes of each connection, which cover every record that it had.
+        `stated`: the interval notes of each connection, which cover every record that it had, but for those at the end
+        that were spoilt before they were noted; `spoilt_ends` are the last ordinals of these.
         """
-        last_n: dict[Place, int] = {}
+        last_n = dict(spoilt_ends or {})
         for conn, intervals in stated.items():
             for interval in intervals:
                 place = conn, interval.channel

@@ -6,7 +6,7 @@ what is there. Not here: why a number is missing.
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Sequence
 
 import msgspec
 import numpy as np
@@ -19,6 +19,20 @@ MAX_HOLE = 10_000_000
 _MAX_NUMBER = 2**63 - 1
 Run = tuple[int, int]
 """Consecutive numbers, both ends inclusive."""
+
+
+def cut(holes: Iterable[Run], known: Run) -> tuple[list[Run], int]:
+    """Take known numbers out of holes; return what is left and how many were taken."""
+    left: list[Run] = []
+    size = 0
+    for first, last in holes:
+        low, high = max(first, known[0]), min(last, known[1])
+        if low > high:
+            left.append((first, last))
+            continue
+        size += high - low + 1
+        left += [run for run in ((first, low - 1), (high + 1, last)) if run[0] <= run[1]]
+    return left, size
 
 
 class WireCount(msgspec.Struct, frozen=True):
@@ -95,6 +109,12 @@ class Numberings:
         else:
             for number, seqs in sequences_in(records).items():
                 self._numbering(header.conn, number).add(seqs)
+
+    def feed_spoilt(self, header: BatchHeader) -> None:
+        """Take the numbers of a batch that only its header tells of, where that leaves no question."""
+        for sid, (low, high, distinct) in header.seq.items():
+            if high - low + 1 == distinct:
+                self._numbering(header.conn, int(sid)).add_run(low, high)
 
     def counts(self, announced: Container[tuple[str, int]] = ()) -> tuple[WireCount, ...]:
         """Return what was collected; of the `announced` (connection, sid) the beginning was seen: they count from 1."""

@@ -26,6 +26,7 @@ from ssmd_dagster.archive.intervals import (
     ordinals_of,
     oversized_in,
     sids_in,
+    spoilt_ends_in,
     torn_in,
 )
 from ssmd_dagster.archive.losses import Batches, Loss
@@ -85,6 +86,7 @@ class DayReadback:
         self._epochs: dict[str, int] = {}
         self._ordinals: dict[str, Ordinals] = {}
         self._torn: dict[str, Torn] = {}
+        self._spoilt_ends: dict[tuple[str, str], int] = {}
         self._session_end: dict[str, int] = {}
         self._stated: dict[str, list[Interval]] = {}
         self._checks: dict[tuple[str, str], IntervalCheck] = {}
@@ -180,6 +182,7 @@ class DayReadback:
     def _session(self, conn: str, records: bytes, last_n: int) -> None:
         self._stated.setdefault(conn, []).extend(intervals_in(records))
         self._torn.update((conn, torn) for torn in torn_in(records))
+        self._spoilt_ends.update(((conn, channel), last) for channel, last in spoilt_ends_in(records))
         self._jumps.setdefault(conn, []).extend(jumps_in(records))
         self._announced.update((conn, sid) for sid in sids_in(records))
         self._oversized[conn] = self._oversized.get(conn, 0) + oversized_in(records)
@@ -203,7 +206,7 @@ class DayReadback:
 
     def losses(self) -> tuple[Loss, ...]:
         """Return the batches that are missing in what was fed so far."""
-        return self._batches.losses(self._stated)
+        return self._batches.losses(self._stated, self._spoilt_ends)
 
     def finish(self, read_range: Callable[[str, int, int], bytes]) -> Readback:
         """Check what needs the whole day and return the findings.

@@ -15,23 +15,28 @@ import logging
 import sys
 from bisect import bisect_left, bisect_right
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import date as Date  # noqa: N812 - `date` is the contract's word for the written form
 from itertools import accumulate
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import msgspec
 
 from ssmd_dagster.archive.batch import Batch, BatchHeader
 from ssmd_dagster.archive.intervals import (
     Interval,
     IntervalCheck,
+    Jump,
     Ordinals,
     Torn,
     ends_session,
     intervals_in,
+    jumps_in,
     ordinals_of,
 )
-from ssmd_dagster.archive.numbering import Numberings, Run
+from ssmd_dagster.archive.losses import Loss
+from ssmd_dagster.archive.numbering import Numberings, Run, cut
 from ssmd_dagster.archive.records import note_line, parse_record
 from ssmd_dagster.capture.gaps import GapEvent, gaps_between, life_of, noted_gaps, tell
 from ssmd_dagster.capture.healing import healed
@@ -119,7 +124,10 @@ def finish_connection(path: Path, now_ns: int) -> int:
     if torn is None and spoilt:
         first, last = min(header.n_first for header in spoilt), max(header.n_last for header in spoilt)
         torn = Torn(first, last, sum(header.records for header in spoilt))
-    notes = [torn.note()] if torn is not None else []
+    notes: list[dict[str, Any]] = []
+    if torn is not None:
+        ends = {header.channel: header.n_last for header in spoilt if header == headers[header.channel]}
+        notes.append({**torn.note(), **({"last": ends} if ends else {})})
     notes += [
         interval.note()
         for check in checks.values()
@@ -250,21 +258,32 @@ async def republish(stores: Stores, directory: Path, date: str) -> Republished:
 
 
 def undeclared_holes(directory: Path, conn: str) -> list[GapEvent]:
-    """Return a gap for every hole in a connection's numbers, as its connector would have declared it had it lived on."""
+    """Return a gap for every hole in a connection's numbers, as its connector would have declared it had it lived on.
+
+    Not for those that it has noted, nor for the numbers of a spoilt batch: that is another gap, or comes from the stream.
+    """
     path = spool_path(directory, conn)
     numbers = Numberings()
+    jumps: list[Jump] = []
     for batch, encoded in read_spool(path):
+        if batch.header.channel == SESSION:
+            jumps += jumps_in(spooled_records(encoded, batch))
         if batch.header.seq:
             records = spooled_records(encoded, batch)
             if records:
                 numbers.feed(batch.header, records)
-    counts = [count for count in numbers.counts() if count.holes]
-    times = _times_around(path, {str(count.sid): count.holes for count in counts})
+            else:
+                numbers.feed_spoilt(batch.header)
+    holes = {count.sid: list(count.holes) for count in numbers.counts()}
+    for jump in jumps:
+        holes[jump.sid], _ = cut(holes.get(jump.sid, ()), (jump.first, jump.last))
+    holes = {sid: runs for sid, runs in holes.items() if runs}
+    times = _times_around(path, {str(sid): runs for sid, runs in holes.items()})
     events: list[GapEvent] = []
-    for count in counts:
-        for (first, _last), (from_ns, to_ns) in zip(count.holes, times[str(count.sid)], strict=True):
-            gap_id = gap_id_of(conn, count.sid, first)
-            scope = {"conn": conn, "sid": count.sid, "component": f"connector-{shard_of(conn)}"}
+    for sid, runs in holes.items():
+        for (first, _last), (from_ns, to_ns) in zip(runs, times[str(sid)], strict=True):
+            gap_id = gap_id_of(conn, sid, first)
+            scope = {"conn": conn, "sid": sid, "component": f"connector-{shard_of(conn)}"}
             gap = GapOpened(gap_id=gap_id, cause=GapCause.SEQUENCE_JUMP, from_ns=from_ns, scope=scope)
             end = GapClosed(gap_id=gap_id, to_ns=to_ns, outcome="stays")
             events += [(EventName.GAP_OPENED, gap), (EventName.GAP_CLOSED, end)]
@@ -319,18 +338,36 @@ async def declare_gaps(directory: Path, book: DayBook, date: str, close_ns: int 
     return declared
 
 
-def lost_batch(header: BatchHeader) -> list[GapEvent]:
-    """Return the gap of a batch that neither spool nor stream gives back, named as verification names it."""
-    conn, channel, number = header.conn, header.channel, header.batch
-    gap_id = f"gap-{conn}-archive-{channel}-{number}-{number}"
-    seq = {sid: [low, high] for sid, (low, high, _) in header.seq.items()}
-    scope = {"conn": conn, "channel": channel, "batches": [number, number], "seq": seq}
-    from_ns, to_ns = header.recv_first_ns, max(header.recv_first_ns, header.recv_last_ns)
-    gap = GapOpened(gap_id=gap_id, cause=GapCause.ARCHIVE_DAMAGED, from_ns=from_ns, scope=scope)
-    return [
-        (EventName.GAP_OPENED, gap),
-        (EventName.GAP_CLOSED, GapClosed(gap_id=gap_id, to_ns=to_ns, outcome="stays")),
-    ]
+def lost_batches(lost: Iterable[BatchHeader], counts: Mapping[str, Mapping[str, ChannelCount]]) -> list[Loss]:
+    """Return what neither spool nor stream gives back, neighbours together, as verification will find it.
+
+    `counts` of each connection say which batches are the last ones of their channels.
+    """
+    losses: list[Loss] = []
+    for header in sorted(lost, key=lambda header: (header.conn, header.channel, header.batch)):
+        last = None if header.n_last == counts[header.conn][header.channel].last_n else header.batch
+        loss = Loss(
+            conn=header.conn,
+            channel=header.channel,
+            first=header.batch,
+            last=last,
+            from_ns=header.recv_first_ns,
+            to_ns=max(header.recv_first_ns, header.recv_last_ns),
+            seq={sid: (low, high) for sid, (low, high, _) in header.seq.items()},
+        )
+        before = losses[-1] if losses else None
+        if before is not None and (before.conn, before.channel, before.last) == (
+            header.conn,
+            header.channel,
+            header.batch - 1,
+        ):
+            seq = {**before.seq, **loss.seq}
+            seq |= {sid: (before.seq[sid][0], seq[sid][1]) for sid in before.seq}
+            to_ns = max(before.to_ns, loss.to_ns)
+            losses[-1] = msgspec.structs.replace(before, last=last, to_ns=to_ns, seq=seq)
+        else:
+            losses.append(loss)
+    return losses
 
 
 async def _closed_ns(setting: Setting, book: DayBook, date: str) -> int:
@@ -373,10 +410,11 @@ async def audit(setting: Setting, stores: Stores, date: str) -> None:
     repaired, lost = await republish(stores, directory, date)
     if repaired:
         _log.warning("published %d batches that the stream lacked", repaired)
-    for header in lost:
-        for event, data in lost_batch(header):
-            await tell(book, date, event, data)
     counts = {conn: count_connection(spool_path(directory, conn)) for conn in spooled_connections(directory)}
+    for loss in lost_batches(lost, counts):
+        await tell(book, date, EventName.GAP_OPENED, loss.gap)
+        end = GapClosed(gap_id=loss.gap.gap_id, to_ns=loss.to_ns, outcome="stays")
+        await tell(book, date, EventName.GAP_CLOSED, end)
     messages = sum(c.records for channels in counts.values() for name, c in channels.items() if name != SESSION)
     checkpoint = Checkpoint(
         component=COMPONENT,

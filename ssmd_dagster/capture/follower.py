@@ -120,7 +120,7 @@ class Follower:
                 self._lost_early[event.sid] = recv_ns, event
             return
         del self._sids[channel]
-        heard_ns = self._recorder.forget(event.sid)
+        heard_ns = self._recorder.forget(event.sid, channel)
         if event.forgotten and heard_ns is not None:
             recv_ns = min(recv_ns, heard_ns)
         self._recorder.note_if_open(
@@ -154,12 +154,18 @@ class Follower:
         channel = next((name for name, sid in self._sids.items() if sid == hole.sid), None)
         healed = len(hole.filled) == hole.size
         scope = {**self._scope, "sid": hole.sid, **({"channel": channel} if channel is not None else {})}
-        gap_id = gap_id_of(self._recorder.origin.conn, hole.sid, hole.first)
+        gap_id = gap_id_of(self._recorder.origin.conn, hole.sid, hole.first, hole.numbering)
         gap = GapOpened(gap_id=gap_id, cause=GapCause.SEQUENCE_JUMP, from_ns=hole.from_ns, scope=scope)
         self._gaps.declare(gap, hole.to_ns, "healed" if healed else "stays")
         if not healed:
             self._recorder.note_if_open(
-                {"event": "sequence_jump", "sid": hole.sid, "channel": channel, "seq": [hole.first - 1, hole.last + 1]}
+                {
+                    "event": "sequence_jump",
+                    "sid": hole.sid,
+                    "channel": channel,
+                    "seq": [hole.first - 1, hole.last + 1],
+                    **({"numbering": hole.numbering} if hole.numbering else {}),
+                }
             )
             if channel in self._book_channels:
                 self._resyncs.add(hole.sid)

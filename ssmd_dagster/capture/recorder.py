@@ -242,11 +242,16 @@ class Recorder:
         """Say that a subscription has begun, asked for at `now_ns`: its first number is 1."""
         self.sequences.expect(sid, now_ns)
 
-    def forget(self, sid: int) -> int | None:
-        """Count a subscription's sequence as over; the exchange may use its number again. Return when it was heard last."""
+    def forget(self, sid: int, channel: str) -> int | None:
+        """Count a subscription's sequence as over; the exchange may use its number again. Return when it was heard last.
+
+        Frames without a number are heard too: whatever came in its `channel`.
+        """
         self.flush()
         self._tell_holes(at_once=True)
-        return self.sequences.forget(sid)
+        heard_ns = self.sequences.forget(sid)
+        buffer = self._buffers.get(channel)
+        return heard_ns if heard_ns is None or buffer is None else max(heard_ns, buffer.recv_last_ns)
 
     def counts(self) -> dict[str, ChannelCount]:
         """Return what has been handed over so far, by channel."""

@@ -21,9 +21,12 @@ MAX_HOLES = 1_000
 """Holes of one sid that can still be filled; of older ones it is not known any more which numbers were missing."""
 
 
-def gap_id_of(conn: str, sid: int, first: int) -> str:
-    """Return the id of the gap about the numbers of a subscription that are missing from `first` on."""
-    return f"gap-{conn}-{sid}-{first - 1}"
+def gap_id_of(conn: str, sid: int, first: int, numbering: int = 0) -> str:
+    """Return the id of the gap about the numbers of a subscription that are missing from `first` on.
+
+    `numbering`: how often they had begun anew.
+    """
+    return f"gap-{conn}-{sid}-{first - 1}" + (f"-{numbering}" if numbering else "")
 
 
 class Arrival(NamedTuple):
@@ -34,12 +37,16 @@ class Arrival(NamedTuple):
 
 
 class Hole:
-    """Numbers `first` to `last` did not come between two frames, received at `from_ns` and `to_ns`."""
+    """Numbers `first` to `last` did not come between two frames, received at `from_ns` and `to_ns`.
 
-    __slots__ = ("declared", "filled", "first", "from_ns", "last", "looks", "sid", "to_ns")
+    `numbering` counts how often the sid's numbers had begun anew: the same ones may be missing again.
+    """
 
-    def __init__(self, sid: int, first: int, last: int, from_ns: int, to_ns: int) -> None:
+    __slots__ = ("declared", "filled", "first", "from_ns", "last", "looks", "numbering", "sid", "to_ns")
+
+    def __init__(self, sid: int, first: int, last: int, from_ns: int, to_ns: int, numbering: int) -> None:
         self.sid, self.first, self.last, self.from_ns, self.to_ns = sid, first, last, from_ns, to_ns
+        self.numbering = numbering
         self.filled: set[int] = set()
         self.looks = 0
         self.declared = False
@@ -64,6 +71,7 @@ class _Sid:
         "next",
         "stray_first",
         "stray_last",
+        "stray_ns",
         "strays",
     )
 
@@ -74,7 +82,7 @@ class _Sid:
         self.early: set[int] = set()
         self.last_ns = now_ns
         self.holes: list[Hole] = []
-        self.strays = self.stray_first = self.stray_last = 0
+        self.strays = self.stray_first = self.stray_last = self.stray_ns = 0
 
 
 class Sequences:
@@ -90,6 +98,7 @@ class Sequences:
         self.reordered = 0
         self.healed = 0
         self._sids: dict[int, _Sid] = {}
+        self._numberings: dict[int, int] = {}
         self._young: list[Hole] = []
         self._healed: list[Hole] = []
 
@@ -101,11 +110,14 @@ class Sequences:
         elif not state.expected:
             state.expected = True
             if state.first > 1:
-                hole = Hole(sid, 1, state.first - 1, min(now_ns, state.first_ns), state.first_ns)
+                hole = self._hole(sid, 1, state.first - 1, min(now_ns, state.first_ns), state.first_ns)
                 hole.filled = state.early
                 self.reordered += len(hole.filled)
                 if len(hole.filled) < hole.size:
                     self._open(state, hole)
+
+    def _hole(self, sid: int, first: int, last: int, from_ns: int, to_ns: int) -> Hole:
+        return Hole(sid, first, last, from_ns, max(from_ns, to_ns), self._numberings.get(sid, 0))
 
     def _open(self, state: _Sid, hole: Hole) -> None:
         insort(state.holes, hole)
@@ -116,7 +128,10 @@ class Sequences:
         """Say that a subscription is over; its number may be used again. Return when its last frame came, or it began."""
         state = self._sids.pop(sid, None)
         self._young = [hole for hole in self._young if hole.sid != sid]
-        return None if state is None else state.last_ns
+        if state is None:
+            return None
+        self._numberings[sid] = self._numberings.get(sid, 0) + 1
+        return state.last_ns
 
     def in_order(self, sid: int, seqs: list[int], last_ns: int) -> bool:
         """Take numbers that follow on one another and on those before; False, and nothing is taken, if they do not."""
@@ -140,24 +155,29 @@ class Sequences:
             if seq == state.next:
                 state.next = seq + 1
             elif state.next < seq <= state.next + MAX_HOLE:
-                self._open(state, Hole(sid, state.next, seq - 1, state.last_ns, max(recv_ns, state.last_ns)))
+                self._open(state, self._hole(sid, state.next, seq - 1, state.last_ns, recv_ns))
                 state.next = seq + 1
             elif seq > state.next or not self._late(state, seq):
-                if self._is_anew(state, seq):
+                if self._is_anew(state, seq, recv_ns):
                     # Nobody knows what came in between; the numbers that told of it are the hole.
-                    hole = Hole(sid, state.stray_first, seq, state.last_ns, max(recv_ns, state.last_ns))
+                    self._young.append(self._strayed(sid, state))
+                    self._numberings[sid] = self._numberings.get(sid, 0) + 1
                     state = self._sids[sid] = _Sid(seq + 1, recv_ns, expected=True)
-                    self._young.append(hole)
                 continue
             state.last_ns = recv_ns
             state.strays = 0
 
-    def _is_anew(self, state: _Sid, seq: int) -> bool:
+    def _strayed(self, sid: int, state: _Sid) -> Hole:
+        hole = self._hole(sid, state.stray_first, state.stray_last, state.last_ns, state.stray_ns)
+        hole.numbering += 1
+        return hole
+
+    def _is_anew(self, state: _Sid, seq: int, recv_ns: int) -> bool:
         """Take note of a number that does not belong here; tell whether the exchange has begun to number anew."""
         if not state.strays or not state.stray_last < seq <= state.stray_last + MAX_HOLE:
             state.strays, state.stray_first = 0, seq
         state.strays += 1
-        state.stray_last = seq
+        state.stray_last, state.stray_ns = seq, recv_ns
         return state.strays >= NEW_NUMBERS
 
     def _late(self, state: _Sid, seq: int) -> bool:
@@ -184,7 +204,16 @@ class Sequences:
         return True
 
     def due(self, *, at_once: bool = False) -> list[Hole]:
-        """Return the holes that count from now on: those that `GRACE_LOOKS` looks did not see filled, or all `at_once`."""
+        """Return the holes that count from now on: those that `GRACE_LOOKS` looks did not see filled, or all `at_once`.
+
+        `at_once`, also numbers far above that are too few to be a new numbering yet, where any is missing among them.
+        """
+        if at_once:
+            self._young += [
+                self._strayed(sid, state)
+                for sid, state in self._sids.items()
+                if state.stray_first > state.next and 0 < state.strays <= state.stray_last - state.stray_first
+            ]
         if not self._young:
             return []
         due: list[Hole] = []

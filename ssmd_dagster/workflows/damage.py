@@ -20,7 +20,7 @@ from ssmd_dagster.capture.archiver import read_footer, sha256_of
 from ssmd_dagster.capture.spool import read_spool, spool_path, spooled_connections
 from ssmd_dagster.day.causes import GapCause
 from ssmd_dagster.day.events import Gap, TradingDay
-from ssmd_dagster.day.payloads import GapClosed, GapOpened
+from ssmd_dagster.day.payloads import GapClosed
 from ssmd_dagster.day.seal import Manifest
 from ssmd_dagster.day.states import EventName
 from ssmd_dagster.environments.home import spool_dir
@@ -58,11 +58,6 @@ def described(loss: Loss) -> str:
     numbers = "".join(f", numbers {first}-{last} of sid {sid}" for sid, (first, last) in sorted(loss.seq.items()))
     times = [rfc3339(at_ns // _NS_PER_MS * _NS_PER_MS) for at_ns in (loss.from_ns, loss.to_ns)]
     return f"{loss.conn}: {batches}, {' - '.join(times)}{numbers}"
-
-
-def gap_id_of(loss: Loss) -> str:
-    """Return the id of a loss's gap, which every verification that finds it has in common."""
-    return f"gap-{loss.conn}-archive-{loss.channel}-{loss.first}-{'end' if loss.last is None else loss.last}"
 
 
 async def sort_out(desk: Desk, date: str, losses: Iterable[Loss]) -> Sorted:
@@ -149,26 +144,19 @@ async def journal_losses(desk: Desk, day: TradingDay, gone: Iterable[Loss], loss
     """Declare a gap for everything that is `gone`, and heal those of which nothing is missing among `losses` any more."""
     losses = tuple(losses)
     for loss in gone:
-        gap_id = gap_id_of(loss)
-        known = day.gap_by_id.get(gap_id)
+        gap = loss.gap
+        known = day.gap_by_id.get(gap.gap_id)
         if known is None:
-            scope = {
-                "conn": loss.conn,
-                "channel": loss.channel,
-                "batches": [loss.first, loss.last],
-                "seq": {sid: list(span) for sid, span in loss.seq.items()},
-            }
-            opened = GapOpened(gap_id=gap_id, cause=GapCause.ARCHIVE_DAMAGED, from_ns=loss.from_ns, scope=scope)
-            await desk.book.append(day.date, EventName.GAP_OPENED, epoch=day.epoch, data=opened)
+            await desk.book.append(day.date, EventName.GAP_OPENED, epoch=day.epoch, data=gap)
         if known is None or known.outcome in ("open", "healed"):
-            await _close(desk, day, gap_id, loss.to_ns, "stays")
-    for gap in day.gaps:
+            await _close(desk, day, gap.gap_id, loss.to_ns, "stays")
+    for declared in day.gaps:
         if (
-            gap.cause == GapCause.ARCHIVE_DAMAGED
-            and gap.outcome != "healed"
-            and not any(_of(gap, loss) for loss in losses)
+            declared.cause == GapCause.ARCHIVE_DAMAGED
+            and declared.outcome != "healed"
+            and not any(_of(declared, loss) for loss in losses)
         ):
-            await _close(desk, day, gap.gap_id, gap.to_ns or gap.from_ns, "healed")
+            await _close(desk, day, declared.gap_id, declared.to_ns or declared.from_ns, "healed")
     after = await desk.book.day(day.date)
     assert after is not None
     return after

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
-from ssmd_dagster.archive.numbering import Run
+from ssmd_dagster.archive.numbering import cut
 from ssmd_dagster.archive.proofs import BOOKS, BookFindings
 from ssmd_dagster.archive.readback import Readback
 from ssmd_dagster.archive.trade_ids import TRADES, TradeIds
@@ -161,7 +161,7 @@ def explain_holes(readback: Readback, gaps: tuple[Gap, ...]) -> tuple[tuple[Expl
     """
     known = {gap.gap_id for gap in gaps}
     noted = {
-        gap_id_of(conn, jump.sid, jump.first): (jump.first, jump.last)
+        gap_id_of(conn, jump.sid, jump.first, jump.numbering): (jump.first, jump.last)
         for conn, jumps in readback.jumps.items()
         for jump in jumps
     }
@@ -181,7 +181,7 @@ def explain_holes(readback: Readback, gaps: tuple[Gap, ...]) -> tuple[tuple[Expl
         runs |= {gap_id: run for gap_id, (conn, sid, run) in archive_lost if (conn, sid) == (count.conn, count.sid)}
         for gap_id, run in runs.items():
             if gap_id in known:
-                holes, size = _cut(holes, run)
+                holes, size = cut(holes, run)
                 if size:
                     explained[gap_id] += size
         for first, last in holes:
@@ -199,20 +199,6 @@ def explain_holes(readback: Readback, gaps: tuple[Gap, ...]) -> tuple[tuple[Expl
         size = sum(entry.size or 0 for entry in others)
         named[MAX_EXPLANATIONS:] = [Explanation(difference=WIRE_HOLES, gap_id=f"{len(others)} more gaps", size=size)]
     return tuple(named), tuple(faults)
-
-
-def _cut(holes: list[Run], gap: Run) -> tuple[list[Run], int]:
-    """Take a gap's numbers out of holes; return what is left and how many were taken."""
-    left: list[Run] = []
-    size = 0
-    for first, last in holes:
-        low, high = max(first, gap[0]), min(last, gap[1])
-        if low > high:
-            left.append((first, last))
-            continue
-        size += high - low + 1
-        left += [run for run in ((first, low - 1), (high + 1, last)) if run[0] <= run[1]]
-    return left, size
 
 
 async def judge(

@@ -20,6 +20,7 @@ from ssmd_dagster.capture.audit import (
     audit,
     count_connection,
     finish_connection,
+    lost_batches,
     republish,
     undeclared_holes,
 )
@@ -286,6 +287,60 @@ def test_whatever_a_disk_spoils_in_a_spool_the_rest_is_read(tmp_path: Path, end:
             assert not [fault for fault in faults if "ordinals" in fault], number
 
 
+@pytest.mark.parametrize("end", [False, True])
+@pytest.mark.parametrize(
+    ("numbers", "names"),
+    [((1, 2), ["trade-1-2"]), ((3,), ["trade-3-end"]), ((0, 2, 3), ["trade-0-0", "trade-2-end"])],
+)
+def test_a_loss_is_declared_once_under_the_name_that_verification_gives_it(
+    tmp_path: Path, end: bool, numbers: tuple[int, ...], names: list[str]
+) -> None:
+    """Neighbours together, the last ones of a killed connection too, and no hole of the numbers beside them."""
+    recording = Recording("812-a-0")
+    recording.begin()
+    recording.recorder.flush()
+    for number in range(4):
+        for seq in range(5):
+            recording.frame("trade", seq=5 * number + seq + 1)
+        recording.recorder.flush()
+    if end:
+        recording.end()
+    path = recording.write(tmp_path)
+    there = [at for at, data in enumerate(recording.batches()) if header_of(data).header.channel == "trade"]
+    for number in numbers:
+        spoil(path, there[number])
+    assert undeclared_holes(tmp_path, "812-a-0") == []
+    assert (finish_connection(path, NOW_NS) == 0) == end
+    whole, lost = [], []
+    for batch, encoded in read_spool(path):
+        if read_whole(encoded) is None:
+            lost.append(batch.header)
+        else:
+            whole.append(encoded)
+    wanted = [f"gap-812-a-0-archive-{name}" for name in names]
+    losses = lost_batches(lost, {"812-a-0": count_connection(path)})
+    assert [loss.gap.gap_id for loss in losses] == wanted
+    assert losses[-1].seq == {"1": (5 * losses[-1].first + 1, 5 * numbers[-1] + 5)}
+    assert (losses[-1].from_ns, losses[-1].to_ns) == (
+        next(header.recv_first_ns for header in lost if header.batch == losses[-1].first),
+        lost[-1].recv_last_ns,
+    )
+    found = read_segments(build_segments(tmp_path, whole)).losses
+    assert [loss.gap.gap_id for loss in found] == wanted
+
+
+def test_a_hole_that_the_connector_has_noted_is_not_declared_again(tmp_path: Path) -> None:
+    """Under whatever name: only what it did not come to note is."""
+    recording = Recording("812-a-0")
+    recording.begin()
+    for seq in (1, 2, 5, 6, 9):
+        recording.frame("trade", seq=seq)
+    recording.recorder.note({"event": "sequence_jump", "sid": 1, "seq": [2, 5], "numbering": 2})
+    recording.recorder.flush()
+    recording.write(tmp_path)
+    assert {data.gap_id for _, data in undeclared_holes(tmp_path, "812-a-0")} == {"gap-812-a-0-1-6"}
+
+
 async def test_what_a_disk_has_spoilt_is_put_back_from_the_stream_and_else_declared(
     setting: Setting, stores: Stores, book: DayBook
 ) -> None:
@@ -311,7 +366,7 @@ async def test_what_a_disk_has_spoilt_is_put_back_from_the_stream_and_else_decla
     assert day is not None
     header = header_of(lost).header
     (gap,) = [gap for gap in day.gaps if gap.cause == "archive_damaged"]
-    assert gap.gap_id == f"gap-3-a-1-archive-trade-{header.batch}-{header.batch}"
+    assert gap.gap_id == f"gap-3-a-1-archive-trade-{header.batch}-end"
     assert (gap.from_ns, gap.to_ns, gap.outcome) == (header.recv_first_ns, header.recv_last_ns, "stays")
     events = len(await stores.journal.read())
     await audit(setting, stores, DATE)

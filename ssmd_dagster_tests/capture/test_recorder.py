@@ -213,6 +213,19 @@ def test_the_recorder_says_nothing_more_once_its_connection_has_ended() -> None:
     recording.recorder.note_interval()  # the minute may be over just then
 
 
+def test_a_forgotten_subscription_was_heard_with_its_last_frame_whether_it_had_a_number_or_not() -> None:
+    """Frames of `ticker` have none; one of another channel says nothing about it."""
+    recording = Recording()
+    recording.recorder.expect(1, recording.clock())
+    for _ in range(3):
+        recording.frame("ticker", sid=1)
+        recording.recorder.flush()
+    heard_ns = recording.recorder.last_frame_ns
+    recording.frame("trade", sid=2, seq=1)
+    assert recording.recorder.forget(1, "ticker") == heard_ns
+    assert recording.recorder.forget(1, "ticker") is None
+
+
 def test_pings_are_signs_of_life_and_no_records() -> None:
     """A ping is counted and takes no ordinal."""
     recording = Recording()

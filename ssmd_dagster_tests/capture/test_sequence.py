@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ssmd_dagster.capture import sequence
-from ssmd_dagster.capture.sequence import NEW_NUMBERS, Arrival, Hole, Sequences
+from ssmd_dagster.capture.sequence import NEW_NUMBERS, Arrival, Hole, Sequences, gap_id_of
 
 
 def fed(*seqs: int, sid: int = 1) -> Sequences:
@@ -102,6 +102,32 @@ def test_a_subscription_that_is_numbered_anew_is_a_hole_and_is_followed_from_the
     assert tracker.in_order(1, [start + 200], 40_000)
     tracker.feed(1, [Arrival(start + 203, 50_000)])
     assert spans(tracker.due(at_once=True)) == [(start + 201, start + 202, 40_000, 50_000)]
+
+
+def test_what_is_missing_far_above_is_a_hole_once_the_connection_ends() -> None:
+    """However few frames came there; where none is missing among them, or they came again, there is none."""
+    far = range(50_000_000, 50_000_040)
+    tracker = fed(*range(1, 11), *(seq for seq in far if seq % 20 != 11))
+    assert (tracker.due(), tracker.due()) == ([], [])
+    assert spans(tracker.due(at_once=True)) == [(far[0], far[-1], 100, 480)]
+    assert fed(*range(1, 11), *far).due(at_once=True) == []
+    assert fed(*range(1, 11), 2, 5, 7).due(at_once=True) == []
+
+
+def test_a_sid_that_begins_anew_again_and_again_has_a_gap_for_each() -> None:
+    """The same numbers name different holes."""
+    tracker = fed(*range(1, 1_001))
+    names: list[str] = []
+    for _ in range(2):
+        tracker.feed(1, [Arrival(seq, 20_000) for seq in range(1, 301)])
+        tracker.feed(1, [Arrival(303, 30_000)])
+        names += [gap_id_of("3-a-0", hole.sid, hole.first, hole.numbering) for hole in tracker.due(at_once=True)]
+    tracker.forget(1)
+    tracker.expect(1, 40_000)
+    tracker.feed(1, [Arrival(2, 50_000)])
+    names += [gap_id_of("3-a-0", hole.sid, hole.first, hole.numbering) for hole in tracker.due(at_once=True)]
+    numbers = ["0-1", "300-1", "0-2", "300-2", "0-3"]
+    assert names == [f"gap-3-a-0-1-{name}" for name in numbers]
 
 
 def test_old_holes_are_let_go(monkeypatch: pytest.MonkeyPatch) -> None:

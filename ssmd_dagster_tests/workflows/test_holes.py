@@ -18,7 +18,7 @@ from ssmd_dagster_tests.workflows.stored_days import NO_TRADES
 CONN = "812-a-0"
 
 
-def gap(number: int, *, sid: int = 1, cause: str = "sequence_jump") -> Gap:
+def gap(number: int | str, *, sid: int = 1, cause: str = "sequence_jump") -> Gap:
     """The gap of a jump behind a number."""
     return Gap(gap_id=f"gap-{CONN}-{sid}-{number}", cause=cause, from_ns=1, to_ns=2, outcome="stays")
 
@@ -57,6 +57,7 @@ OVERSIZED: dict[str, object] = {"event": "oversized", "channel": "trade", "bytes
         ([4, 5], (jump(1, 3),), (gap(0),), [("1-0", 3)], []),
         ([4, 5], (), (gap(0, sid=2),), [], ["1-3"]),
         ([1, 2, 5], (jump(3, 3),), (gap(2),), [("1-2", 1)], ["4-4"]),
+        ([1, 2, 5], ({**jump(3, 4), "numbering": 1},), (gap("2-1"),), [("1-2-1", 2)], []),
         ([1, 3], (OVERSIZED,), (), [("", 1)], []),
         ([1, 4], (OVERSIZED,), (), [("", 1)], ["2-3"]),
     ],
