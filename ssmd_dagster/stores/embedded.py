@@ -27,9 +27,9 @@ from ssmd_dagster.environments.home import cache_dir, nats_dir, stack_file
 from ssmd_dagster.environments.secrets import add_secrets, load_secrets
 from ssmd_dagster.errors import ConfigurationError
 from ssmd_dagster.stores.connect import Stack
+from ssmd_dagster.stores.stream import MAX_PAYLOAD_BYTES
 
 HOST = "127.0.0.1"
-MAX_PAYLOAD_BYTES = 8 * 1024 * 1024
 PROBE_TIMEOUT_S = 1.0
 
 NATS_USER = "SSMD_NATS_USER"

@@ -62,8 +62,8 @@ async def may_start(attempt: Attempt) -> bool:
     calendar.check(parsed, now_ns)
     await create_streams(desk)
     day = await desk.book.day(date)
-    nobody_asked = attempt.options.unattended or attempt.options.rolled_from is not None
-    if nobody_asked and day is not None and (day.state in HAS_BEEN_UP or day.ended_ns is not None):
+    opens_again = not attempt.options.unattended and attempt.options.rolled_from is None
+    if not opens_again and day is not None and (day.state in HAS_BEEN_UP or day.ended_ns is not None):
         return False
     mode = mode_of(attempt, day)
     if mode == "live" and day is not None and day.state is DayState.ACTIVE:
